@@ -1,0 +1,81 @@
+"""lmrepair: repair language models the way engineers repair programs.
+
+The public names, below, are imported when they are first used, so that ``import lmrepair`` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmrepair.diagnosis import Diagnosis, Mistake, diagnose
+    from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+    from lmrepair.errors import (
+        FailuresError,
+        LmrepairError,
+        ModelError,
+        PatchError,
+        UsageError,
+        WrongModelError,
+    )
+    from lmrepair.evaluation import Scores, evaluate
+    from lmrepair.failures import Failure, Template, read_failures
+    from lmrepair.methods import Method, Sgd, Star
+    from lmrepair.net import Net, load
+    from lmrepair.patch import Patch
+    from lmrepair.loop import Outcome, Repair, repair, repair_each
+
+_HOME = {
+    "errors": ("FailuresError", "LmrepairError", "ModelError", "PatchError", "UsageError", "WrongModelError"),
+    "failures": ("Failure", "Template", "read_failures"),
+    "net": ("Net", "load"),
+    "patch": ("Patch",),
+    "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
+    "drift": ("Drift", "Reference", "measure_drift", "read_reference"),
+    "methods": ("Method", "Sgd", "Star"),
+    "loop": ("Outcome", "Repair", "repair", "repair_each"),
+    "evaluation": ("Scores", "evaluate"),
+}
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Diagnosis",
+    "Drift",
+    "Failure",
+    "FailuresError",
+    "LmrepairError",
+    "Method",
+    "Mistake",
+    "ModelError",
+    "Net",
+    "Outcome",
+    "Patch",
+    "PatchError",
+    "Reference",
+    "Repair",
+    "Scores",
+    "Sgd",
+    "Star",
+    "Template",
+    "UsageError",
+    "WrongModelError",
+    "diagnose",
+    "evaluate",
+    "load",
+    "measure_drift",
+    "read_failures",
+    "read_reference",
+    "repair",
+    "repair_each",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lmrepair' has no attribute {name!r}")
+    return getattr(import_module(f"lmrepair.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,338 @@
+"""The loop: diagnose → locate → solve → apply → check → keep or undo. The file to read first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from lmrepair.basis import Bases
+from lmrepair.diagnosis import Diagnosis, Mistake, diagnoses
+from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+from lmrepair.errors import FailuresError
+from lmrepair.failures import Failure, Tokens, contradictions
+from lmrepair.fingerprint import fingerprint
+from lmrepair.locate import Targeting, locate
+from lmrepair.methods import Method, Problem, Star
+from lmrepair.net import Batch, Net, Preference, Sites, settled
+from lmrepair.patch import Change, Item, Made, Patch, Trial
+
+ROUNDS = 3  # over the failures of one patch, where they are solved one after another
+SPARE_MARGIN = 0.1  # logits added where greedy decoding disagrees with teacher forcing
+FORWARDS_TIMED = 5
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one failure. ``reason`` says why it is not repaired, with advice; empty if it is.
+
+    ``before`` and ``after`` are its mistakes under teacher forcing; ``after`` counts the repair's attempt
+    even where that was undone.
+    """
+
+    failure: Failure
+    tokens: Tokens
+    before: tuple[Mistake, ...]
+    after: tuple[Mistake, ...]
+    reason: str = ""
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.before)
+
+    @property
+    def repaired(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time from the first diagnosis to the last teacher-forced check, and that in forward equivalents.
+
+    A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
+    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards.
+    """
+
+    seconds: float
+    forward_equivalents: float
+    check_seconds: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The result: one outcome per failure, the patch (None if nothing was repaired), its drift and cost."""
+
+    method: Method
+    outcomes: tuple[Outcome, ...]
+    patch: Patch | None
+    drift: Drift | None
+    cost: Cost
+
+    @property
+    def failing(self) -> int:
+        return sum(outcome.failing for outcome in self.outcomes)
+
+    @property
+    def repaired(self) -> int:
+        return sum(outcome.failing and outcome.repaired for outcome in self.outcomes)
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def repair(
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method | None = None,
+    reference: Reference | None = None,
+    progress: Progress = quiet,
+) -> Repair:
+    """Repair all failures together in one patch, and leave the net with that patch applied.
+
+    Whatever happens in between (an error, Ctrl-C), the net is either patched as the result says or as it
+    was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
+    with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
+
+    Raises FailuresError for failures that contradict each other or do not fit the model.
+    Source of the method's maths: arXiv 2503.12899.
+    """
+    for first, second in contradictions(failures):
+        raise FailuresError(
+            f"failures {first.id!r} and {second.id!r} want different targets for one prompt "
+            f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
+        )
+    method = method or Star()
+    attempt = _attempt(net, failures, method, Bases.of(net), progress)
+    if not attempt.repaired or not attempt.changes:
+        return attempt.result(None, None)
+    patch = attempt.patch(net)
+    (drift,) = measure_drift(net, [patch], reference or read_reference(), lambda n, m: progress("drift", n, m))
+    patch = with_drift(patch, drift, reference or read_reference())
+    patch.apply(net)
+    return attempt.result(patch, drift)
+
+
+def repair_each(
+    net: Net, failures: Sequence[Failure], method: Method | None = None, progress: Progress = quiet
+) -> Iterator[Repair]:
+    """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
+
+    Yields a Repair per failure, in order, without drift; its patch is the attempt's, whether or not it
+    repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
+    """
+    method = method or Star()
+    bases = Bases.of(net)
+    for failure in failures:
+        attempt = _attempt(net, [failure], method, bases, progress)
+        yield attempt.result(attempt.patch(net) if attempt.changes else None, None)
+
+
+def with_drift(patch: Patch, drift: Drift, reference: Reference) -> Patch:
+    """The patch with its drift on a reference written into its record."""
+    record = {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens, "reference": reference.name}
+    return replace(patch, made=replace(patch.made, drift=record))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A repair that was tried, checked and undone again: everything a patch needs."""
+
+    method: Method
+    outcomes: tuple[Outcome, ...]
+    changes: Mapping[int, Change]
+    cost: Cost
+
+    @property
+    def repaired(self) -> bool:
+        return any(outcome.failing and outcome.repaired for outcome in self.outcomes)
+
+    def result(self, patch: Patch | None, drift: Drift | None) -> Repair:
+        return Repair(self.method, self.outcomes, patch, drift, self.cost)
+
+    def patch(self, net: Net) -> Patch:
+        items = tuple(
+            Item(
+                outcome.tokens,
+                outcome.failure.prompt or str([dict(message) for message in outcome.failure.messages]),
+                outcome.failure.target,
+                outcome.repaired,
+                tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.before),
+                tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.after),
+                outcome.reason,
+            )
+            for outcome in self.outcomes
+        )
+        versions = {name: version(name) for name in ("lmrepair", "torch", "transformers")}
+        made = Made(net.name, self.method.name, self.method.settings(), {}, versions)
+        changed = {layer: change.columns for layer, change in self.changes.items()}
+        return Patch(dict(self.changes), items, made, fingerprint(net, changed))
+
+
+def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases, progress: Progress) -> _Attempt:
+    """Diagnose, locate, solve, apply and check; the weights are as they were afterwards."""
+    tokens = net.tokenize(failures)
+    with settled(net.model):
+        began = time.perf_counter()
+        batches = net.batches(tokens)
+        preference = net.prefer(batches)
+        before = diagnoses(batches, preference)
+        if not any(item.mistakes for item in before):
+            return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
+        targeting = Targeting(method.layers, method.pattern, method.share)
+        sites = locate(net, batches, preference, targeting)
+        with Trial(net, sites) as trial:
+            solver = _Solver(net, method, bases, sites, trial, progress)
+            solver.solve(tokens, before)
+            seconds = time.perf_counter() - began
+            after, greedy = solver.check(tokens)
+            check_seconds = time.perf_counter() - began - seconds
+            # Greedy decoding reads the same tokens one by one: rounding can turn a near tie round.
+            for _ in range(ROUNDS):
+                torn = [not a.mistakes and not same for a, same in zip(after, greedy, strict=True)]
+                if not method.early or not any(torn):
+                    break
+                solver.method = replace(solver.method, margin=solver.method.margin + SPARE_MARGIN)
+                began = time.perf_counter() - seconds
+                solver.solve(tokens, after)
+                seconds = time.perf_counter() - began
+                after, greedy = solver.check(tokens)
+            changes = trial.changes(solver.deltas)
+        outcomes = tuple(
+            Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
+            for failure, b, a, same in zip(failures, before, after, greedy, strict=True)
+        )
+        cost = Cost(seconds, seconds / forward_seconds(net, batches), check_seconds, solver.steps)
+        return _Attempt(method, outcomes, changes, cost)
+
+
+def _nothing_to_do(
+    net: Net, failures: Sequence[Failure], method: Method, found: list[Diagnosis], batches: list[Batch], seconds: float
+) -> _Attempt:
+    outcomes = tuple(Outcome(failure, item.tokens, (), ()) for failure, item in zip(failures, found, strict=True))
+    return _Attempt(method, outcomes, {}, Cost(seconds, seconds / forward_seconds(net, batches), 0.0, 0))
+
+
+def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str:
+    if after.mistakes:
+        count, total = len(after.mistakes), len(after.tokens.target)
+        if not failed:
+            return (
+                f"right before, but {count} of {total} positions are mistaken with the patch; "
+                "leave it out or try a smaller share"
+            )
+        return (
+            f"{count} of {total} positions are still mistaken after {method.epochs} epochs; "
+            "try more epochs, a larger share or learning rate, or repair it --alone"
+        )
+    return "" if greedy else "preferred at every position, but greedy decoding gives another text; try a larger margin"
+
+
+def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
+    """The time of one plain forward pass over the batches, median of five."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(FORWARDS_TIMED):
+            began = time.perf_counter()
+            for batch in batches:
+                net.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            if net.device.type == "cuda":
+                torch.cuda.synchronize(net.device)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+class _Solver:
+    """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
+
+    def __init__(self, net: Net, method: Method, bases: Bases, sites: Sites, trial: Trial, progress: Progress) -> None:
+        self.net, self.method, self.sites, self.trial, self.progress = net, method, sites, trial, progress
+        self.bases = Bases.of(net, gain=True) if getattr(method, "gain", False) else bases
+        self.deltas: Mapping[int, Tensor] = {
+            layer: torch.zeros(len(columns), net.hidden, device=net.device) for layer, columns in sites.columns.items()
+        }
+        self.steps = 0
+
+    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis]) -> None:
+        """Work on the failures that have mistakes, in the method's mode."""
+        if self.method.mode == "multi-failure" or len(tokens) == 1 and self.method.mode == "batch":
+            self._run(self.net.batches(tokens))
+            return
+        work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
+        rounds = ROUNDS if self.method.early else 1
+        for round_ in range(rounds):
+            for number, item in enumerate(found):
+                self.progress("failures", number, len(found))
+                if item.mistakes:
+                    work(item.tokens)
+            batches = self.net.batches(tokens)
+            found = diagnoses(batches, self.net.prefer(batches), self.method.margin)
+            if round_ + 1 == rounds or not any(item.mistakes for item in found):
+                return
+
+    def _one(self, tokens: Tokens) -> None:
+        self._run(self.net.batches([tokens]))
+
+    def _iterate(self, tokens: Tokens) -> None:
+        """One mistake after another, in the order of the target."""
+        batches = self.net.batches([tokens])
+        position = 0
+        while position < len(tokens.target):
+            (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
+            ahead = [mistake.position for mistake in found.mistakes if mistake.position >= position]
+            if not ahead:
+                return
+            focus = torch.zeros(len(tokens.target), dtype=torch.bool, device=self.net.device)
+            focus[ahead[0]] = True
+            self._run(batches, focus)
+            position = ahead[0] + 1
+
+    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None) -> None:
+        """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays."""
+        method = self.method
+        margin = method.margin if method.early else None
+        rows = sum(len(batch.rows) for batch in batches)
+        everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
+        several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
+        best, kept, memory = -1, self.deltas, None
+        for step in range(method.epochs):
+            self.progress("steps", step, method.epochs)
+            reading = self.net.read(batches, self.sites, focus, margin)
+            if several:
+                right = _right(batches, reading.preference)
+                if right > best:
+                    best, kept = right, self.deltas
+            if not reading.gradients:
+                return
+            problem = Problem(
+                self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
+                self.deltas, self.bases, step, memory,
+            )  # fmt: skip
+            answer = method.solve(problem)
+            self.deltas, memory = answer.deltas, answer.memory
+            self.trial.write(self.deltas)
+            self.steps += 1
+        if several and _right(batches, self.net.prefer(batches)) < best:
+            self.deltas = kept
+            self.trial.write(kept)
+
+    def check(self, tokens: Sequence[Tokens]) -> tuple[list[Diagnosis], list[bool]]:
+        """Teacher-forced diagnosis of the patched net, and whether greedy decoding gives each target."""
+        batches = self.net.batches(tokens)
+        found = diagnoses(batches, self.net.prefer(batches))
+        right = [item.tokens for item in found if not item.mistakes]
+        made = iter(self.net.generate(right))
+        return found, [not item.mistakes and next(made) == item.tokens.target for item in found]
+
+
+def _right(batches: Sequence[Batch], preference: Preference) -> int:
+    """How many failures are preferred at every position."""
+    return sum(not item.mistakes for item in diagnoses(batches, preference))

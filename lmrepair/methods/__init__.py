@@ -1,0 +1,27 @@
+"""The repair methods by name. Adding one: a file, a line here, a row in the tests' table, a section in the docs."""
+
+from __future__ import annotations
+
+from lmrepair.errors import UsageError, nearest
+from lmrepair.methods.base import Method, Problem, Step
+from lmrepair.methods.sgd import Sgd
+from lmrepair.methods.star import Star
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, Sgd)}
+DEFAULT = Star.name
+
+__all__ = ["DEFAULT", "METHODS", "Method", "Problem", "Sgd", "Star", "Step", "method_named"]
+
+
+def method_named(name: str, preset: str | None = None, **settings: object) -> Method:
+    """A method by its name, with a preset's settings and then the given ones. Raises UsageError."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; {nearest(name, METHODS)}")
+    kind = METHODS[name]
+    if preset is not None and preset not in kind.presets:
+        raise UsageError(f"method {name!r} has no preset {preset!r}; {nearest(preset, kind.presets)}")
+    known = kind.__dataclass_fields__
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"method {name!r} has no setting {key!r}; {nearest(key, known)}")
+    return kind(**{**(kind.presets[preset] if preset else {}), **settings})

@@ -1,0 +1,451 @@
+"""A model with its tokenizer and anatomy: neuron-major weights, FFN coefficients, gradients, greedy text.
+
+A neuron is column j of an FFN output projection: the vector [d] it writes to the residual stream.
+Everything here is neuron-major: weights, deltas and gradients of a layer are [neurons, d]. Whether a
+projection is stored as ``Linear`` [d, m] or ``Conv1D`` [m, d] is known in this module alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from lmrepair import anatomy
+from lmrepair.anatomy import Anatomy, weight
+from lmrepair.errors import ModelError, UsageError, nearest
+from lmrepair.failures import Failure, Tokens, tokenize
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where a repair may write: layer → neuron indices [k], sorted."""
+
+    columns: Mapping[int, Tensor]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.columns))
+
+    @property
+    def count(self) -> int:
+        return sum(len(columns) for columns in self.columns.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Failures side by side, padded on the right (a causal model never sees that padding).
+
+    ``ids``, ``mask``: [B, T]. One row for each target token, failures in order: ``rows`` [N] is where
+    it is predicted from (flat index into B·T), ``wanted`` [N] the token, ``owner`` [N] its failure.
+    """
+
+    tokens: tuple[Tokens, ...]
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    wanted: Tensor
+    owner: Tensor
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What a model prefers at N positions: the best ``rival`` [N] of the wanted token, and by how much.
+
+    ``gap`` [N] = logit of the rival − logit of the wanted token: a mistake where it is not negative.
+    ``loss`` [N] is the cross-entropy of the wanted token, in nats.
+    """
+
+    rival: Tensor
+    gap: Tensor
+    loss: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, wanted: Tensor) -> Preference:
+        """From logits [N, V] (any float dtype; compared in float32) and the wanted tokens [N]."""
+        logits = logits.float()
+        chosen = logits.gather(1, wanted[:, None]).squeeze(1)
+        others = logits.scatter(1, wanted[:, None], float("-inf"))
+        best, rival = others.max(dim=1)
+        return Preference(rival, best - chosen, torch.logsumexp(logits, dim=1) - chosen)
+
+    @staticmethod
+    def join(parts: Sequence[Preference]) -> Preference:
+        return Preference(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rival", "gap", "loss")))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over the failures tells a method.
+
+    ``coefficients``: layer → Z [N, k], what the chosen neurons of that layer were multiplied by at the
+    N positions. ``gradients``: layer → [k, d], of the mean cross-entropy of the positions in focus, with
+    respect to the chosen neurons. Both are empty where nothing was left to do. ``padded`` counts tokens.
+    """
+
+    preference: Preference
+    coefficients: Mapping[int, Tensor]
+    gradients: Mapping[int, Tensor]
+
+
+class Net:
+    """A causal language model ready to be read and repaired.
+
+    Holds no state of its own beside what it was made from; ``name`` is how results refer to it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        """Place the parts of the model. Raises ModelError for a model that cannot be placed or edited."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+        with settled(model):
+            self.anatomy: Anatomy = anatomy.find(model)
+
+    @property
+    def layers(self) -> int:
+        return len(self.anatomy.projections)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.anatomy.widths
+
+    @property
+    def hidden(self) -> int:
+        return self.anatomy.hidden
+
+    @property
+    def device(self) -> torch.device:
+        return weight(self.anatomy.head).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return weight(self.anatomy.projections[0]).dtype
+
+    def columns(self, layer: int) -> Tensor:
+        """The neurons of a layer, [m, d]: a view, so that writing to it writes to the model."""
+        projection = self.anatomy.projections[layer]
+        stored = weight(projection)
+        return stored if isinstance(projection, Conv1D) else stored.T
+
+    def every_site(self) -> Sites:
+        return Sites({layer: torch.arange(width) for layer, width in enumerate(self.widths)})
+
+    def tokenize(self, failures: Sequence[Failure]) -> list[Tokens]:
+        """Token ids of the failures, checked against the model's context and vocabulary."""
+        found = [tokenize(failure, self.tokenizer, self.anatomy.context) for failure in failures]
+        for tokens in found:
+            if max(tokens.ids) >= self.anatomy.vocabulary:
+                raise ModelError(
+                    f"token {max(tokens.ids)} of failure {tokens.id!r} is outside the head's vocabulary of "
+                    f"{self.anatomy.vocabulary}; the tokenizer does not belong to this model"
+                )
+        return found
+
+    def batches(self, tokens: Sequence[Tokens], at_once: int = TOKENS_AT_ONCE) -> list[Batch]:
+        """The failures in order, in as few batches as keep each below ``at_once`` padded tokens."""
+        groups: list[list[Tokens]] = []
+        longest = 0
+        for item in tokens:
+            longest = max(longest, len(item.ids))
+            if not groups or longest * (len(groups[-1]) + 1) > at_once:
+                groups.append([])
+                longest = len(item.ids)
+            groups[-1].append(item)
+        return [self._batch(group) for group in groups]
+
+    def _batch(self, tokens: Sequence[Tokens]) -> Batch:
+        width = max(len(item.ids) for item in tokens)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(tokens), width), pad)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        wanted: list[int] = []
+        owner: list[int] = []
+        for index, item in enumerate(tokens):
+            ids[index, : len(item.ids)] = torch.tensor(item.ids)
+            mask[index, : len(item.ids)] = 1
+            first = index * width + len(item.prompt) - 1
+            rows += range(first, first + len(item.target))
+            wanted += item.target
+            owner += [index] * len(item.target)
+        tensors = (ids, mask, torch.tensor(rows), torch.tensor(wanted), torch.tensor(owner))
+        return Batch(tuple(tokens), *(tensor.to(self.device) for tensor in tensors))
+
+    def logits(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Logits [n, V] at flat positions of a batch (default: where its target tokens are predicted).
+
+        The head is run on those positions alone; gradients are recorded if the caller enabled them.
+        """
+        chosen = batch.rows if rows is None else rows
+
+        def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            state = given[0]
+            return (state.reshape(-1, state.shape[-1])[chosen][None], *given[1:])
+
+        handle = self.anatomy.head.register_forward_pre_hook(choose)
+        try:
+            output = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        finally:
+            handle.remove()
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def prefer(self, batches: Sequence[Batch]) -> Preference:
+        """What the model prefers at every target position of the batches: one forward pass each."""
+        with torch.inference_mode():
+            return Preference.join([Preference.of(self.logits(batch), batch.wanted) for batch in batches])
+
+    def read(
+        self,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None = None,
+        margin: float | None = None,
+    ) -> Reading:
+        """One forward and one backward pass over each batch, kept at the chosen neurons.
+
+        ``focus`` [N] (bool) narrows the cross-entropy to some positions. With a ``margin``, the last
+        backward pass is left out if no position in focus has a gap above −margin: nothing is left to do.
+        """
+        sizes = [len(batch.rows) for batch in batches]
+        parts = [None] * len(batches) if focus is None else list(focus.split(sizes))
+        total = sum(sizes) if focus is None else int(focus.sum())
+        preferences: list[Preference] = []
+        coefficients: dict[int, list[Tensor]] = {layer: [] for layer in sites.layers}
+        gradients: dict[int, Tensor] = {}
+        for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            with torch.enable_grad(), self.watch(sites.layers) as watched:
+                logits = self.logits(batch)
+                with torch.no_grad():
+                    preferences.append(Preference.of(logits, batch.wanted))
+                if margin is not None and number + 1 == len(batches):
+                    gap = torch.cat([preference.gap for preference in preferences])
+                    if not bool((gap if focus is None else gap[focus]).gt(-margin).any()):
+                        return Reading(Preference.join(preferences), {}, {})
+                losses = F.cross_entropy(logits.float(), batch.wanted, reduction="none")
+                loss = (losses if part is None else losses[part]).sum() / total
+                made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in sites.layers])
+            for layer, gradient in zip(sites.layers, made, strict=True):
+                z = self._chosen(watched.inputs[layer], sites, layer)
+                coefficients[layer].append(z[batch.rows])
+                dense = z.T @ gradient.reshape(-1, self.hidden).float()
+                gradients[layer] = gradients[layer].add_(dense) if layer in gradients else dense
+        joined = {layer: torch.cat(rows) for layer, rows in coefficients.items()}
+        return Reading(Preference.join(preferences), joined, gradients)
+
+    def _chosen(self, z: Tensor, sites: Sites, layer: int) -> Tensor:
+        """The coefficients [B·T, k] of the chosen neurons, in float32."""
+        flat = z.detach().reshape(-1, z.shape[-1])
+        columns = sites.columns[layer]
+        return (flat if len(columns) == flat.shape[-1] else flat[:, columns.to(flat.device)]).float()
+
+    @contextmanager
+    def watch(self, layers: Sequence[int]) -> Iterator[Watched]:
+        """Keep inputs and outputs of the layers' FFN output projections during forward passes.
+
+        The graph starts at the lowest of these outputs: below it, no gradient is recorded.
+        """
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+
+        def ran(layer: int, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs[layer] = given[0]
+            if torch.is_grad_enabled() and not output.requires_grad:
+                outputs[layer] = output.detach().requires_grad_()
+                return outputs[layer].clone()  # a leaf must not be changed in place by the residual add
+            outputs[layer] = output
+            return output
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                projection = self.anatomy.projections[layer]
+                handle = projection.register_forward_hook(lambda _, given, out, layer=layer: ran(layer, given, out))
+                hooks.callback(handle.remove)
+            yield Watched(inputs, outputs)
+
+    def generate(self, tokens: Sequence[Tokens]) -> list[tuple[int, ...]]:
+        """Free-running greedy completions, each as long as its target unless the model ends it before.
+
+        Prompts of equal length run together, so that nothing is padded. Penalties and sampling that the
+        model's own generation config may ask for are left out: this is plain greedy decoding.
+        """
+        made: dict[int, tuple[int, ...]] = {}
+        groups: dict[int, list[int]] = {}
+        for index, item in enumerate(tokens):
+            groups.setdefault(len(item.prompt), []).append(index)
+        for group in groups.values():
+            prompts = torch.tensor([tokens[index].prompt for index in group], device=self.device)
+            longest = max(len(tokens[index].target) for index in group)
+            with torch.inference_mode(), _plain_greedy(self.model, self.tokenizer, longest):
+                output = self.model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+            for index, row in zip(group, output[:, prompts.shape[1] :].tolist(), strict=True):
+                made[index] = tuple(row[: len(tokens[index].target)])
+        return [made[index] for index in range(len(tokens))]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Layer → what its FFN output projection read [B, T, m] and wrote [B, T, d] in the last forward pass."""
+
+    inputs: Mapping[int, Tensor]
+    outputs: Mapping[int, Tensor]
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients on parameters, both put back as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, needed in wanted:
+            parameter.requires_grad_(needed)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _plain_greedy(model: Any, tokenizer: Any, length: int) -> Iterator[None]:
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=length,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        eos_token_id=kept.eos_token_id if kept is not None else None,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def load(
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Net:
+    """Load a causal language model: a folder, a hub name, a model object, or (by default) the embedded one.
+
+    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
+    cuda:1, …, or auto (cuda where there is one). Weights come from safetensors only. Raises ModelError
+    for a model that cannot be loaded whole or placed, UsageError for an unknown dtype or device.
+    """
+    where = _device(device)
+    if dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"unknown dtype {dtype!r}; {nearest(dtype, (*DTYPES, 'auto'))}")
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise UsageError("a model object needs its tokenizer beside it: load(model, tokenizer)")
+        return Net(model, tokenizer)
+    embedded = model is None or model == EMBEDDED
+    source = str(files("lmrepair") / "embedded" / "model") if embedded else str(model)
+    name = EMBEDDED if embedded else _plain_name(source)
+    local = Path(source).is_dir()
+    if not local and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ModelError(f"{source}: no such model folder; expected a folder with config.json, or a hub name org/name")
+    if local and not (Path(source) / "config.json").exists():
+        raise ModelError(f"{source}: no config.json in it; expected a Hugging Face model folder")
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    factory: Any = AutoModelForCausalLM
+    with _quiet(), _loading(source):
+        config = AutoConfig.from_pretrained(source, **trust)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{source}: the model is quantised; its weights cannot be patched: use the float checkpoint"
+            )
+        loaded, report = factory.from_pretrained(
+            source,
+            config=config,
+            dtype="auto" if dtype == "auto" else DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **trust,
+        )
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **trust)
+    _refuse_incomplete(source, report)
+    return Net(loaded.to(where).eval().requires_grad_(False), tokenizer, name)
+
+
+def _plain_name(source: str) -> str:
+    """How results call a model: its hub name, or the last part of its folder."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, … or auto") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r} is not here ({torch.cuda.device_count()} GPUs found); use cpu or auto")
+    if where.type == "meta":
+        raise UsageError("device 'meta' holds no weights; expected cpu, cuda, cuda:0, … or auto")
+    return where
+
+
+def _refuse_incomplete(source: str, report: Mapping[str, Any]) -> None:
+    # transformers fills what a checkpoint lacks with random values and goes on.
+    for kind, advice in (
+        ("missing_keys", "they would be random: is it a causal language model's checkpoint?"),
+        ("mismatched_keys", "the config does not belong to these weights"),
+        ("error_msgs", "the checkpoint is damaged"),
+    ):
+        found = sorted(str(key) for key in report.get(kind, ()) or ())
+        if found:
+            raise ModelError(
+                f"{source}: {kind.replace('_', ' ')} ({', '.join(found[:3])}{', …' * (len(found) > 3)}); {advice}"
+            )
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Say in one line what transformers could not load."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{source}: cannot be loaded as a causal language model ({reason[:300]})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings, unless the user set its own verbosity."""
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        yield
+        return
+    log = transformers.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()
