@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     )
     from lmrepair.evaluation import Scores, evaluate
     from lmrepair.failures import Failure, Template, read_failures
+    from lmrepair.loop import Outcome, Repair, repair, repair_each
     from lmrepair.methods import Method, Sgd, Star
     from lmrepair.net import Net, load
     from lmrepair.patch import Patch
-    from lmrepair.loop import Outcome, Repair, repair, repair_each
 
 _HOME = {
     "errors": ("FailuresError", "LmrepairError", "ModelError", "PatchError", "UsageError", "WrongModelError"),

@@ -113,12 +113,13 @@ def repair(
     method = method or Star()
     attempt = _attempt(net, failures, method, Bases.of(net), progress)
     if not attempt.repaired or not attempt.changes:
-        return attempt.result(None, None)
+        return attempt.result(None)
+    reference = reference or read_reference()
     patch = attempt.patch(net)
-    (drift,) = measure_drift(net, [patch], reference or read_reference(), lambda n, m: progress("drift", n, m))
-    patch = with_drift(patch, drift, reference or read_reference())
+    (drift,) = measure_drift(net, [patch], reference, lambda done, total: progress("drift", done, total))
+    patch = _recorded(patch, drift, reference)
     patch.apply(net)
-    return attempt.result(patch, drift)
+    return replace(attempt.result(patch), drift=drift)
 
 
 def repair_each(
@@ -133,11 +134,17 @@ def repair_each(
     bases = Bases.of(net)
     for failure in failures:
         attempt = _attempt(net, [failure], method, bases, progress)
-        yield attempt.result(attempt.patch(net) if attempt.changes else None, None)
+        yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
-def with_drift(patch: Patch, drift: Drift, reference: Reference) -> Patch:
-    """The patch with its drift on a reference written into its record."""
+def with_drift(repair: Repair, drift: Drift, reference: Reference) -> Repair:
+    """The repair with its patch's drift on a reference, written into the patch's record too."""
+    if repair.patch is None:
+        return repair
+    return replace(repair, patch=_recorded(repair.patch, drift, reference), drift=drift)
+
+
+def _recorded(patch: Patch, drift: Drift, reference: Reference) -> Patch:
     record = {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens, "reference": reference.name}
     return replace(patch, made=replace(patch.made, drift=record))
 
@@ -155,8 +162,8 @@ class _Attempt:
     def repaired(self) -> bool:
         return any(outcome.failing and outcome.repaired for outcome in self.outcomes)
 
-    def result(self, patch: Patch | None, drift: Drift | None) -> Repair:
-        return Repair(self.method, self.outcomes, patch, drift, self.cost)
+    def result(self, patch: Patch | None) -> Repair:
+        return Repair(self.method, self.outcomes, patch, None, self.cost)
 
     def patch(self, net: Net) -> Patch:
         items = tuple(

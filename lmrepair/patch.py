@@ -130,6 +130,23 @@ class Patch:
             for layer, change in self.changes.items():
                 _put(net, layer, change.columns, change.originals)
 
+    def is_applied(self, net: Net) -> bool:
+        """Whether the net holds this patch (True) or is the one it was made for (False).
+
+        Raises WrongModelError for a net that is neither.
+        """
+        patched = all(_same(_take(net, layer, change.columns), change.patched()) for layer, change in self._in(net))
+        self._fit(net, patched)
+        return patched
+
+    def _in(self, net: Net) -> list[tuple[int, Change]]:
+        """The changes that a net has room for; ``_fit`` says what is wrong with it where that is not all."""
+        return [
+            (layer, change)
+            for layer, change in self.changes.items()
+            if layer < net.layers and int(change.columns[-1]) < net.widths[layer]
+        ]
+
     @contextmanager
     def on(self, net: Net) -> Iterator[None]:
         """The net with this patch for the length of a ``with`` block; the weights are put back after it.

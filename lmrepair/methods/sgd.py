@@ -18,7 +18,7 @@ class Sgd(Method):
         "paper": {"learning_rate": 0.01, "epochs": 10, "early": False, "mode": "batch"},
     }
 
-    learning_rate: float = setting(0.01, "the share of the gradient that one step takes")
+    learning_rate: float = setting(0.01, "share of the prior (or the gradient) that one step takes")
     epochs: int = setting(10, "most steps for one problem")
     early: bool = setting(False, "stop as soon as every position is preferred")
 

@@ -24,7 +24,7 @@ class Star(Method):
                   "layers": "1", "pattern": "even", "share": "1", "gain": False},
     }  # fmt: skip
 
-    learning_rate: float = setting(0.03, "η, the share of the prior that one step takes")
+    learning_rate: float = setting(0.03, "share of the prior (or the gradient) that one step takes")
     epochs: int = setting(60, "most steps for one problem")
     gain: bool = setting(False, "fold the final norm's gain into the semantic bases")
 

@@ -1,0 +1,436 @@
+"""The command line: each command parses, calls one function, prints.
+
+torch and transformers take seconds to import, so the handlers import what needs them; ``--help`` does not.
+Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or input (one line on standard error).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmrepair import render
+from lmrepair.errors import LmrepairError, UsageError
+from lmrepair.methods import DEFAULT, METHODS, method_named
+
+if TYPE_CHECKING:
+    from lmrepair.drift import Drift
+    from lmrepair.failures import Failure
+    from lmrepair.loop import Progress, Repair
+    from lmrepair.net import Net
+
+app = typer.Typer(
+    name="lmrepair",
+    help="Repair language models the way engineers repair programs: failures in, a verified, reversible patch out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
+PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
+Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
+ModelFolder = Annotated[str, typer.Option("--model", help="Model folder or hub name.")]
+Output = Annotated[Path, typer.Option(help="The folder to write the model to; it must not exist yet.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint (or the patch) says.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read the first N failures only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+Wrap = Annotated[str | None, typer.Option("--template", help=r"Wraps raw pairs, as in '# {prompt}\n{target}\n'.")]
+Text = Annotated[
+    Path | None, typer.Option("--reference", help="Text to measure drift on: plain, or JSON lines with text.")
+]
+
+
+def main() -> None:
+    """Run the command line; every expected error is one line on standard error."""
+    try:
+        code = app(standalone_mode=False)
+    except LmrepairError as error:
+        code = _complain(str(error))
+    except typer.TyperException as error:
+        text = getattr(error, "format_message", error.__str__)()
+        code = _complain(f"{text} (see lmrepair --help)")
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain("interrupted; the model is as it was", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code or 0)
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print(f"lmrepair: error: {render.visible(message, None)}", file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lmrepair {installed('lmrepair')}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(device: Device = "auto", as_json: Json = False) -> None:
+    """Show the whole way on the model that ships: find mistakes, repair, verify, take back."""
+    from lmrepair.demo import run_demo
+
+    data = run_demo(device, _silent if as_json else _show)
+    if as_json:
+        _print(data, [], as_json)
+    raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
+
+
+@app.command()
+def diagnose(
+    failures: Failures,
+    model: Model = None,
+    template: Wrap = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """List the mistakes a model makes on failures: where it prefers which token to the wanted one."""
+    rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
+    from lmrepair.diagnosis import diagnose as find
+
+    found = find(net, rows)
+    data = render.diagnosis_data(net.name, found, _decoder(net))
+    _print(data, render.diagnosis_text(found, _texts(rows), _decoder(net)), as_json)
+    raise typer.Exit(1 if data["failing"] else 0)
+
+
+def repair(
+    failures: Path,
+    model: str | None = None,
+    method: str = DEFAULT,
+    preset: str | None = None,
+    alone: bool = False,
+    output: Path | None = None,
+    failing: int | None = None,
+    reference: Path | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    trust: bool = False,
+    as_json: bool = False,
+    **settings: Any,
+) -> None:
+    """Repair a model's failures and save the patch: locate the neurons, solve, check, measure the drift."""
+    chosen = method_named(method, preset, **{key: value for key, value in settings.items() if value is not None})
+    target = output or (None if alone else Path(f"{failures.stem}.patch.safetensors"))
+    _refuse_unwritable(target, alone)
+    rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
+    from lmrepair.diagnosis import diagnose as find
+    from lmrepair.drift import read_reference
+    from lmrepair.loop import repair as repair_together
+
+    text = read_reference(reference)
+    if failing is not None:
+        rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
+    with _progress() as progress:
+        if alone:
+            repairs, drifts = _repair_alone(net, rows, chosen, text, progress)
+        else:
+            repairs = [repair_together(net, rows, chosen, text, progress)]
+            drifts = [one.drift for one in repairs if one.drift is not None]
+    saved = _save(target, repairs, alone)
+    data = render.repair_data(net.name, repairs, drifts, saved, _decoder(net))
+    _print(data, render.repair_text(data, _texts(rows), render.visible(text.name)), as_json)
+    raise typer.Exit(0 if _all_right(data) else 1)
+
+
+def _repair_alone(
+    net: Net, rows: Sequence[Failure], chosen: Any, text: Any, progress: Progress
+) -> tuple[list[Repair], list[Drift]]:
+    from lmrepair.drift import measure_drift
+    from lmrepair.loop import repair_each, with_drift
+
+    made: list[Repair] = []
+    for one in repair_each(net, rows, chosen):
+        made.append(one)
+        progress("repairs", len(made), len(rows))
+    patches = [one.patch for one in made if one.patch is not None]
+    drifts = measure_drift(net, patches, text, lambda done, total: progress("drift", done, total))
+    measured = iter(drifts)
+    return [with_drift(one, next(measured), text) if one.patch is not None else one for one in made], drifts
+
+
+def _all_right(data: dict[str, Any]) -> bool:
+    return bool(data["repaired"] == data["failing"]) and not any(item["after"] for item in data["items"])
+
+
+def _save(target: Path | None, repairs: Sequence[Repair], alone: bool) -> str | None:
+    """Save the joint patch to a file, or the patches of repairs made alone into a folder."""
+    if target is None:
+        return None
+    done = [one for one in repairs if one.patch is not None and one.repaired]
+    for number, one in enumerate(done, start=1):
+        assert one.patch is not None
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in one.outcomes[0].tokens.id)[:40]
+        one.patch.save(target / f"{number:04d}-{name}.safetensors" if alone else target)
+    return str(target) if done else None
+
+
+def _refuse_unwritable(target: Path | None, folder: bool) -> None:
+    """Find out before the work, not after it, that the result has no place to go."""
+    if target is None:
+        return
+    if folder and target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; with --alone, --output is the folder for one patch a failure")
+    if not folder and target.is_dir():
+        raise UsageError(f"{target} is a folder; expected the patch file to write")
+    above = target.absolute() if folder else target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """``repair`` with its options: the fixed ones, and one for every field of every method."""
+    fixed = {
+        "failures": Failures,
+        "model": Model,
+        "method": Annotated[str, typer.Option(help=f"The method: {', '.join(METHODS)}.")],
+        "preset": Annotated[str | None, typer.Option(help="A method's named settings; paper: as published.")],
+        "alone": Annotated[bool, typer.Option("--alone", help="Each failure from the untouched model (the papers).")],
+        "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
+        "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
+        "reference": Text,
+        "template": Wrap,
+        "limit": Limit,
+        "device": Device,
+        "dtype": Dtype,
+        "seed": Seed,
+        "trust": Trust,
+        "as_json": Json,
+    }
+    given = inspect.signature(function).parameters
+    parameters = [given[name].replace(annotation=kind) for name, kind in fixed.items()]
+    for name, kind in _settings().items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+
+    def command(**values: Any) -> None:
+        function(**values)
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _settings() -> dict[str, Any]:
+    """Field → typer annotation, over all methods; the help gives each method's own default."""
+    kinds = {"int": int, "float": float, "bool": bool, "str": str}
+    defaults: dict[str, list[str]] = {}
+    texts: dict[str, tuple[str, str]] = {}
+    for method in METHODS.values():
+        for spec in fields(method):
+            choices = f": {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
+            texts.setdefault(spec.name, (str(spec.type), spec.metadata["help"] + choices))
+            defaults.setdefault(spec.name, []).append(f"{method.name} {spec.default}")
+    found = {}
+    for name, (kind, text) in texts.items():
+        values = {entry.split(" ", 1)[1] for entry in defaults[name]}
+        everywhere = len(values) == 1 and len(defaults[name]) == len(METHODS)
+        shown = f"default {values.pop()}" if everywhere else f"defaults: {', '.join(defaults[name])}"
+        option = typer.Option(help=f"{text[0].upper()}{text[1:]} ({shown}).", rich_help_panel="Settings of the method")
+        found[name] = Annotated[kinds[kind] | None, option]
+    return found
+
+
+app.command(name="repair")(_command(repair))
+
+
+@app.command()
+def verify(
+    patch: PatchFile,
+    model: Model = None,
+    reference: Text = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check on a fresh load that a patch repairs what it says, measure its drift, and take it back."""
+    from lmrepair.drift import read_reference
+    from lmrepair.patch import Patch
+    from lmrepair.verify import verify as check
+
+    loaded, text = Patch.load(patch), read_reference(reference)
+    net = _load(model, device, _dtype(dtype, loaded), seed, trust)
+    result = check(net, loaded, text)
+    data = {
+        "verified": result.verified,
+        "model": net.name,
+        "failures": len(result.diagnoses),
+        "repaired": result.repaired,
+        "restored": result.restored,
+        "drift": render.drift_data(result.drift),
+    }
+    held = f"{result.repaired} of {len(result.diagnoses)} failures"
+    lines = [
+        f"{'verified' if result.verified else 'NOT verified'}: {held} hold under teacher forcing and in greedy text",
+        f"drift      {render.drift_text(result.drift.kl, result.drift.agreement)} on {render.visible(text.name)}",
+        f"taken back {'bit for bit' if result.restored else 'NOT bit for bit'}",
+    ]
+    _print(data, lines, as_json)
+    raise typer.Exit(0 if result.verified else 1)
+
+
+@app.command()
+def show(patch: PatchFile, as_json: Json = False) -> None:
+    """Say what is in a patch file, after checking it."""
+    from lmrepair.patch import Patch
+
+    data = render.patch_data(Patch.load(patch))
+    _print(data, render.patch_text(data), as_json)
+
+
+@app.command()
+def apply(
+    patch: PatchFile,
+    model: ModelFolder,
+    output: Output,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a patched copy of a model folder."""
+    _rewrite("apply", patch, model, output, device, dtype, trust, as_json)
+
+
+@app.command()
+def revert(
+    patch: PatchFile,
+    model: ModelFolder,
+    output: Output,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of a patched model folder with the patch taken back, bit for bit."""
+    _rewrite("revert", patch, model, output, device, dtype, trust, as_json)
+
+
+def _rewrite(
+    verb: str, patch: Path, model: str, output: Path, device: str, dtype: str, trust: bool, as_json: bool
+) -> None:
+    from lmrepair.patch import Patch
+    from lmrepair.saved import refuse_existing, save_model
+
+    loaded = Patch.load(patch)
+    refuse_existing(output)
+    net = _load(model, device, _dtype(dtype, loaded), 0, trust)
+    getattr(loaded, verb)(net)
+    save_model(net, output)
+    data = {"model": net.name, "patch": str(patch), "action": verb, "output": str(output), "neurons": loaded.neurons}
+    done = "applied" if verb == "apply" else "taken back, bit for bit"
+    shown = render.visible(str(output), None)
+    _print(data, [f"{done}: {loaded.neurons:,} neurons in {loaded.layers} layers → {shown}"], as_json)
+
+
+def _start(
+    failures: Path,
+    template: str | None,
+    limit: int | None,
+    model: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    trust: bool,
+) -> tuple[list[Failure], Net]:
+    """Read the failures first: what is wrong with them is known before a model is loaded."""
+    from lmrepair.failures import read_failures
+
+    rows = read_failures(failures, template, limit)
+    return rows, _load(model, device, dtype, seed, trust)
+
+
+def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) -> Net:
+    import torch
+
+    from lmrepair.net import load
+
+    torch.manual_seed(seed)
+    return load(model, device=device, dtype=dtype, trust_remote_code=trust)
+
+
+def _dtype(dtype: str, patch: Any) -> str:
+    """What a patch's model is loaded in: what the user says, or what the patch was made in."""
+    return dtype if dtype != "auto" else str(patch.dtype).removeprefix("torch.")
+
+
+def _texts(rows: Sequence[Failure]) -> list[tuple[str, str]]:
+    return [(row.prompt or row.messages[-1]["content"], row.target) for row in rows]
+
+
+def _decoder(net: Net) -> Callable[[int], str]:
+    return lambda token: str(net.tokenizer.decode([token]))
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in lines:
+            print(line)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Bars on a terminal's standard error, nothing elsewhere."""
+    from lmrepair.loop import quiet
+
+    if not sys.stderr.isatty():
+        yield quiet
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()
