@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from lmrepair.errors import UsageError, nearest
 from lmrepair.methods.base import Method, Problem, Step
 from lmrepair.methods.sgd import Sgd
@@ -20,7 +22,7 @@ def method_named(name: str, preset: str | None = None, **settings: object) -> Me
     kind = METHODS[name]
     if preset is not None and preset not in kind.presets:
         raise UsageError(f"method {name!r} has no preset {preset!r}; {nearest(preset, kind.presets)}")
-    known = kind.__dataclass_fields__
+    known = [spec.name for spec in fields(kind)]
     for key in settings:
         if key not in known:
             raise UsageError(f"method {name!r} has no setting {key!r}; {nearest(key, known)}")
