@@ -37,6 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
+
 Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
@@ -58,13 +60,15 @@ def main() -> None:
     """Run the command line; every expected error is one line on standard error."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            _complain("interrupted; the model is as it was")
     except LmrepairError as error:
         code = _complain(str(error))
     except typer.TyperException as error:
         text = getattr(error, "format_message", error.__str__)()
         code = _complain(f"{text} (see lmrepair --help)")
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted; the model is as it was", 130)
+        code = _complain("interrupted; the model is as it was", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141

@@ -26,6 +26,7 @@ class Star(Method):
 
     learning_rate: float = setting(0.03, "share of the prior (or the gradient) that one step takes")
     epochs: int = setting(60, "most steps for one problem")
+    share: str = setting("1/4", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
     gain: bool = setting(False, "fold the final norm's gain into the semantic bases")
 
     def solve(self, problem: Problem) -> Step:
