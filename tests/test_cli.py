@@ -76,7 +76,7 @@ def test_every_field_of_every_method_is_a_flag(run: Run) -> None:
             assert f"--{spec.name.replace('_', '-')}" in flags
 
 
-def test_the_whole_way(run: Run, failures: Path, tmp_path: Path) -> None:
+def test_the_whole_way(run: Run, failures: Path) -> None:
     code, out, _ = run("diagnose", failures, "--json")
     found = json.loads(out)
     assert code == 1

@@ -28,7 +28,9 @@ def main() -> None:
         for text in read([path]):
             if len(text) >= CHARACTERS:
                 name = path.relative_to(root).as_posix()
-                rows.append({"kind": "python", "source": f"CPython standard library, {name}", "text": text[:CHARACTERS]})
+                rows.append(
+                    {"kind": "python", "source": f"CPython standard library, {name}", "text": text[:CHARACTERS]}
+                )
     for path in sorted((HERE / "reference").iterdir()):
         rows.append({"kind": path.suffix[1:], "source": path.name, "text": path.read_text(encoding="utf-8")})
     OUTPUT.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
