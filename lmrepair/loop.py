@@ -22,7 +22,8 @@ from lmrepair.methods import Method, Problem, Star
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Change, Item, Made, Patch, Trial
 
-ROUNDS = 3  # over the failures of one patch, where they are solved one after another
+ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another
+GREEDY_ROUNDS = 3  # at most, where greedy decoding disagrees with teacher forcing
 SPARE_MARGIN = 0.1  # logits added where greedy decoding disagrees with teacher forcing
 FORWARDS_TIMED = 5
 
@@ -203,7 +204,7 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
             after, greedy = solver.check(tokens)
             check_seconds = time.perf_counter() - began - seconds
             # Greedy decoding reads the same tokens one by one: rounding can turn a near tie round.
-            for _ in range(ROUNDS):
+            for _ in range(GREEDY_ROUNDS):
                 torn = [not a.mistakes and not same for a, same in zip(after, greedy, strict=True)]
                 if not method.early or not any(torn):
                     break
@@ -274,16 +275,21 @@ class _Solver:
             self._run(self.net.batches(tokens))
             return
         work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
-        rounds = ROUNDS if self.method.early else 1
-        for round_ in range(rounds):
+        batches = self.net.batches(tokens)
+        best, kept = -1, self.deltas
+        for _ in range(ROUNDS if self.method.early else 1):
             for number, item in enumerate(found):
                 self.progress("failures", number, len(found))
                 if item.mistakes:
                     work(item.tokens)
-            batches = self.net.batches(tokens)
             found = diagnoses(batches, self.net.prefer(batches), self.method.margin)
-            if round_ + 1 == rounds or not any(item.mistakes for item in found):
+            right = sum(not item.mistakes for item in found)
+            if right > best:
+                best, kept = right, self.deltas
+            if right == len(found):
                 return
+        self.deltas = kept
+        self.trial.write(kept)
 
     def _one(self, tokens: Tokens) -> None:
         self._run(self.net.batches([tokens]))

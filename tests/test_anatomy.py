@@ -16,7 +16,15 @@ LLAMA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+GPT = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 GROUPED = {**LLAMA, "num_key_value_heads": 2}
 OPT = {
     "vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,7 +33,7 @@ OPT = {
 
 PLACED: dict[str, tuple[Any, dict[str, Any], str, int]] = {
     "llama": (hf.LlamaConfig, GROUPED, "model.layers.0.mlp.down_proj", 48),
-    "llama, as wide as its FFN": (hf.LlamaConfig, {**LLAMA, "intermediate_size": 32}, "model.layers.0.mlp.down_proj", 32),
+    "llama, square FFN": (hf.LlamaConfig, {**LLAMA, "intermediate_size": 32}, "model.layers.0.mlp.down_proj", 32),
     "qwen2": (hf.Qwen2Config, GROUPED, "model.layers.0.mlp.down_proj", 48),
     "qwen3": (hf.Qwen3Config, {**GROUPED, "head_dim": 8}, "model.layers.0.mlp.down_proj", 48),
     "mistral": (hf.MistralConfig, GROUPED, "model.layers.0.mlp.down_proj", 48),
@@ -81,7 +89,9 @@ def test_refused(name: str) -> None:
         find(build(config, settings))
 
 
-@pytest.mark.parametrize(("name", "norm"), [("llama", "model.norm"), ("gpt2", "transformer.ln_f"), ("gemma", "model.norm")])
+@pytest.mark.parametrize(
+    ("name", "norm"), [("llama", "model.norm"), ("gpt2", "transformer.ln_f"), ("gemma", "model.norm")]
+)
 def test_the_gain_is_what_the_final_norm_multiplies_by(name: str, norm: str) -> None:
     config, settings, *_ = PLACED[name]
     model = build(config, settings)

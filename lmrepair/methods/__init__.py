@@ -15,7 +15,7 @@ DEFAULT = Star.name
 __all__ = ["DEFAULT", "METHODS", "Method", "Problem", "Sgd", "Star", "Step", "method_named"]
 
 
-def method_named(name: str, preset: str | None = None, **settings: object) -> Method:
+def method_named(name: str, preset: str | None = None, /, **settings: object) -> Method:
     """A method by its name, with a preset's settings and then the given ones. Raises UsageError."""
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}; {nearest(name, METHODS)}")
