@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 
 Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
@@ -154,46 +155,58 @@ def repair(
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
     with _progress() as progress:
         if alone:
-            repairs, drifts = _repair_alone(net, rows, chosen, text, progress)
+            repairs, sizes, drifts, saved = _repair_alone(net, rows, chosen, text, target, progress)
         else:
             repairs = [repair_together(net, rows, chosen, text, progress)]
+            patches = [one.patch for one in repairs if one.patch is not None]
+            sizes = [render.PatchSize.of(patch) for patch in patches]
             drifts = [one.drift for one in repairs if one.drift is not None]
-    saved = _save(target, repairs, alone)
-    data = render.repair_data(net.name, repairs, drifts, saved, _decoder(net))
+            for patch in patches:
+                patch.save(Path(str(target)))
+            saved = bool(patches)
+    path = str(target) if saved and target is not None else None
+    data = render.repair_data(net.name, repairs, sizes, drifts, path, _decoder(net))
     _print(data, render.repair_text(data, _texts(rows), render.visible(text.name)), as_json)
     raise typer.Exit(0 if _all_right(data) else 1)
 
 
 def _repair_alone(
-    net: Net, rows: Sequence[Failure], chosen: Any, text: Any, progress: Progress
-) -> tuple[list[Repair], list[Drift]]:
+    net: Net, rows: Sequence[Failure], chosen: Any, text: Any, target: Path | None, progress: Progress
+) -> tuple[list[Repair], list[render.PatchSize], list[Drift], bool]:
+    """Repair each failure alone; patches are measured and saved in groups, so that few are held at once."""
     from lmrepair.drift import measure_drift
     from lmrepair.loop import repair_each, with_drift
 
     made: list[Repair] = []
+    sizes: list[render.PatchSize] = []
+    drifts: list[Drift] = []
+    held: list[Repair] = []
+    saved = 0
     for one in repair_each(net, rows, chosen):
-        made.append(one)
+        made.append(replace(one, patch=None))
         progress("repairs", len(made), len(rows))
-    patches = [one.patch for one in made if one.patch is not None]
-    drifts = measure_drift(net, patches, text, lambda done, total: progress("drift", done, total))
-    measured = iter(drifts)
-    return [with_drift(one, next(measured), text) if one.patch is not None else one for one in made], drifts
+        if one.patch is not None:
+            held.append(one)
+            sizes.append(render.PatchSize.of(one.patch))
+        if held and (len(made) == len(rows) or sum(size.bytes for size in sizes[-len(held) :]) > HELD):
+            patches = [item.patch for item in held if item.patch is not None]
+            found = measure_drift(net, patches, text, lambda done, total: progress("drift", done, total))
+            for item, drift in zip(held, found, strict=True):
+                patch = with_drift(item, drift, text).patch
+                if target is not None and item.repaired and patch is not None:
+                    saved += 1
+                    patch.save(target / f"{saved:04d}-{_file_name(item.outcomes[0].tokens.id)}.safetensors")
+            drifts += found
+            held = []
+    return made, sizes, drifts, saved > 0
+
+
+def _file_name(identity: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in identity)[:40]
 
 
 def _all_right(data: dict[str, Any]) -> bool:
     return bool(data["repaired"] == data["failing"]) and not any(item["after"] for item in data["items"])
-
-
-def _save(target: Path | None, repairs: Sequence[Repair], alone: bool) -> str | None:
-    """Save the joint patch to a file, or the patches of repairs made alone into a folder."""
-    if target is None:
-        return None
-    done = [one for one in repairs if one.patch is not None and one.repaired]
-    for number, one in enumerate(done, start=1):
-        assert one.patch is not None
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in one.outcomes[0].tokens.id)[:40]
-        one.patch.save(target / f"{number:04d}-{name}.safetensors" if alone else target)
-    return str(target) if done else None
 
 
 def _refuse_unwritable(target: Path | None, folder: bool) -> None:

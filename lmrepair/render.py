@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,12 +96,29 @@ def item_data(outcome: Outcome, decode: Decode) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class PatchSize:
+    """How large a patch is: layers and neurons it changes, bytes of its file."""
+
+    layers: int
+    neurons: int
+    bytes: int
+
+    @staticmethod
+    def of(patch: Patch) -> PatchSize:
+        return PatchSize(patch.layers, patch.neurons, patch.size)
+
+
 def repair_data(
-    model: str, repairs: Sequence[Repair], drifts: Sequence[Drift], path: str | None, decode: Decode
+    model: str,
+    repairs: Sequence[Repair],
+    patches: Sequence[PatchSize],
+    drifts: Sequence[Drift],
+    path: str | None,
+    decode: Decode,
 ) -> dict[str, Any]:
     """What ``repair --json`` prints: of one joint repair, or (means per repair) of many made alone."""
     outcomes = [outcome for repair in repairs for outcome in repair.outcomes]
-    patches = [repair.patch for repair in repairs if repair.patch is not None]
     tried = [repair for repair in repairs if repair.failing]
     return {
         "model": model,
@@ -114,7 +132,7 @@ def repair_data(
             "path": path,
             "layers": _mean([patch.layers for patch in patches]),
             "neurons": _mean([patch.neurons for patch in patches]),
-            "bytes": _mean([patch.size for patch in patches]),
+            "bytes": _mean([patch.bytes for patch in patches]),
         }
         if patches
         else None,

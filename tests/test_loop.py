@@ -41,7 +41,7 @@ STAR = Star(learning_rate=0.1, epochs=200)
 def test_together(kind: str, dtype: torch.dtype) -> None:
     net = oracle_models.net(kind, dtype=dtype)
     failures = [*FAILURES[:2], answered(net)]
-    result = repair(net, failures, STAR, TEXT)
+    result = repair(net, failures, Star(learning_rate=0.05, epochs=300, share="1"), TEXT)
     assert [outcome.failing for outcome in result.outcomes] == [True, True, False]
     assert (result.failing, result.repaired) == (2, 2)
     assert not any(outcome.after for outcome in result.outcomes)
