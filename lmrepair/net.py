@@ -8,13 +8,18 @@ projection is stored as ``Linear`` [d, m] or ``Conv1D`` [m, d] is known in this 
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
@@ -366,11 +371,13 @@ def load(
     source = str(files("lmrepair") / "embedded" / "model") if embedded else str(model)
     name = EMBEDDED if embedded else _plain_name(source)
     local = Path(source).is_dir()
-    if not local and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not local and (Path(source).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
         raise ModelError(f"{source}: no such model folder; expected a folder with config.json, or a hub name org/name")
     if local and not (Path(source) / "config.json").exists():
         raise ModelError(f"{source}: no config.json in it; expected a Hugging Face model folder")
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if not local and _hub_is_out_of_reach():
+        trust["local_files_only"] = True  # what was downloaded before; else transformers retries for half a minute
     factory: Any = AutoModelForCausalLM
     with _quiet(), _loading(source):
         config = AutoConfig.from_pretrained(source, **trust)
@@ -389,6 +396,18 @@ def load(
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **trust)
     _refuse_incomplete(source, report)
     return Net(loaded.to(where).eval().requires_grad_(False), tokenizer, name)
+
+
+def _hub_is_out_of_reach() -> bool:
+    """Whether the hub's host answers no connection within seconds (behind a proxy, nobody can tell)."""
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if getproxies():
+        return False
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), 5).close()
+    except OSError:
+        return True
+    return False
 
 
 def _plain_name(source: str) -> str:

@@ -122,7 +122,8 @@ def repair_data(
     tried = [repair for repair in repairs if repair.failing]
     return {
         "model": model,
-        "method": {"name": repairs[0].method.name, **repairs[0].method.settings()},
+        "method": repairs[0].method.name,
+        "settings": repairs[0].method.settings(),
         "failures": len(outcomes),
         "failing": sum(repair.failing for repair in repairs),
         "repaired": sum(repair.repaired for repair in repairs),
@@ -210,7 +211,8 @@ def patch_data(patch: Patch) -> dict[str, Any]:
     return {
         "model": patch.made.model,
         "dtype": str(patch.dtype).removeprefix("torch."),
-        "method": {"name": patch.made.method, **patch.made.settings},
+        "method": patch.made.method,
+        "settings": dict(patch.made.settings),
         "layers": {str(layer): len(change.columns) for layer, change in patch.changes.items()},
         "neurons": patch.neurons,
         "bytes": patch.size,
@@ -235,13 +237,12 @@ def patch_data(patch: Patch) -> dict[str, Any]:
 
 def patch_text(data: dict[str, Any]) -> list[str]:
     """The same as lines."""
-    method = dict(data["method"])
-    settings = ", ".join(f"{key} {value}" for key, value in method.items() if key != "name")
+    settings = ", ".join(f"{key} {value}" for key, value in data["settings"].items())
     neurons = ", ".join(f"{layer}: {count}" for layer, count in data["layers"].items())
     drift = data["drift"]
     lines = [
         f"made for   {visible(data['model'], None)} in {data['dtype']} (body {data['fingerprint'][:16]}…)",
-        f"method     {visible(str(method['name']), None)} ({visible(settings, None)})",
+        f"method     {visible(data['method'], None)} ({visible(settings, None)})",
         f"changes    {data['neurons']:,} neurons, {_bytes(data['bytes'])}; neurons by layer: {neurons}",
         f"largest    delta {data['largest_delta']:.2e}",
     ]

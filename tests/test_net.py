@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import oracle
 import oracle_models
 import pytest
@@ -13,7 +15,7 @@ import torch
 from oracle_models import FAILURES, State
 
 from lmrepair import ModelError, UsageError, diagnose, load
-from lmrepair.net import Net, settled
+from lmrepair.net import Net, _hub_is_out_of_reach, settled
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "lmrepair" / "embedded" / "model"
 
@@ -144,6 +146,18 @@ def test_what_cannot_be_loaded_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises((ModelError, UsageError), match=said):
             load(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        assert not _hub_is_out_of_reach()
+    assert _hub_is_out_of_reach()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert not _hub_is_out_of_reach()
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
