@@ -21,9 +21,10 @@ import torch
 from lmrepair.diagnosis import diagnose
 from lmrepair.drift import Reference, measure_drift, read_reference
 from lmrepair.failures import Failure, read_failures
+from lmrepair.loading import load
 from lmrepair.loop import Repair, repair, repair_each
 from lmrepair.methods import Method, method_named
-from lmrepair.net import Net, load
+from lmrepair.net import Net
 
 TEMPLATES = {
     "conala": "# {prompt}\\n{target}\\n",

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     )
     from lmrepair.evaluation import Scores, evaluate
     from lmrepair.failures import Failure, Template, read_failures
+    from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
     from lmrepair.methods import Method, Sgd, Star
-    from lmrepair.net import Net, load
+    from lmrepair.net import Net
     from lmrepair.patch import Patch
 
 _HOME = {
     "errors": ("FailuresError", "LmrepairError", "ModelError", "PatchError", "UsageError", "WrongModelError"),
     "failures": ("Failure", "Template", "read_failures"),
-    "net": ("Net", "load"),
+    "net": ("Net",),
+    "loading": ("load",),
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
     "drift": ("Drift", "Reference", "measure_drift", "read_reference"),

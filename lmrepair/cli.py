@@ -6,13 +6,12 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,23 @@ import typer
 
 from lmrepair import render
 from lmrepair.errors import LmrepairError, UsageError
-from lmrepair.methods import DEFAULT, METHODS, method_named
+from lmrepair.methods import DEFAULT, method_named
+from lmrepair.options import (
+    Device,
+    Dtype,
+    Failures,
+    Json,
+    Limit,
+    Model,
+    ModelFolder,
+    Output,
+    PatchFile,
+    Seed,
+    Text,
+    Trust,
+    Wrap,
+    with_method_options,
+)
 
 if TYPE_CHECKING:
     from lmrepair.drift import Drift
@@ -39,22 +54,6 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
-
-Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
-PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
-Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
-ModelFolder = Annotated[str, typer.Option("--model", help="Model folder or hub name.")]
-Output = Annotated[Path, typer.Option(help="The folder to write the model to; it must not exist yet.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint (or the patch) says.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read the first N failures only.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
-Wrap = Annotated[str | None, typer.Option("--template", help=r"Wraps raw pairs, as in '# {prompt}\n{target}\n'.")]
-Text = Annotated[
-    Path | None, typer.Option("--reference", help="Text to measure drift on: plain, or JSON lines with text.")
-]
 
 
 def main() -> None:
@@ -224,61 +223,7 @@ def _refuse_unwritable(target: Path | None, folder: bool) -> None:
         raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """``repair`` with its options: the fixed ones, and one for every field of every method."""
-    fixed = {
-        "failures": Failures,
-        "model": Model,
-        "method": Annotated[str, typer.Option(help=f"The method: {', '.join(METHODS)}.")],
-        "preset": Annotated[str | None, typer.Option(help="A method's named settings; paper: as published.")],
-        "alone": Annotated[bool, typer.Option("--alone", help="Each failure from the untouched model (the papers).")],
-        "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
-        "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
-        "reference": Text,
-        "template": Wrap,
-        "limit": Limit,
-        "device": Device,
-        "dtype": Dtype,
-        "seed": Seed,
-        "trust": Trust,
-        "as_json": Json,
-    }
-    given = inspect.signature(function).parameters
-    parameters = [given[name].replace(annotation=kind) for name, kind in fixed.items()]
-    for name, kind in _settings().items():
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-
-    def command(**values: Any) -> None:
-        function(**values)
-
-    command.__doc__ = function.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def _settings() -> dict[str, Any]:
-    """Field → typer annotation, over all methods; the help gives each method's own default."""
-    kinds = {"int": int, "float": float, "bool": bool, "str": str}
-    defaults: dict[str, list[str]] = {}
-    texts: dict[str, tuple[str, str]] = {}
-    for method in METHODS.values():
-        for spec in fields(method):
-            choices = f": {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
-            texts.setdefault(spec.name, (str(spec.type), spec.metadata["help"] + choices))
-            defaults.setdefault(spec.name, []).append(f"{method.name} {spec.default}")
-    found = {}
-    for name, (kind, text) in texts.items():
-        values = {entry.split(" ", 1)[1] for entry in defaults[name]}
-        everywhere = len(values) == 1 and len(defaults[name]) == len(METHODS)
-        shown = f"default {values.pop()}" if everywhere else f"defaults: {', '.join(defaults[name])}"
-        option = typer.Option(help=f"{text[0].upper()}{text[1:]} ({shown}).", rich_help_panel="Settings of the method")
-        found[name] = Annotated[kinds[kind] | None, option]
-    return found
-
-
-app.command(name="repair")(_command(repair))
+app.command(name="repair")(with_method_options(repair))
 
 
 @app.command()
@@ -392,7 +337,7 @@ def _start(
 def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) -> Net:
     import torch
 
-    from lmrepair.net import load
+    from lmrepair.loading import load
 
     torch.manual_seed(seed)
     return load(model, device=device, dtype=dtype, trust_remote_code=trust)

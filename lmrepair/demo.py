@@ -15,9 +15,10 @@ from lmrepair.diagnosis import diagnose
 from lmrepair.drift import read_reference
 from lmrepair.failures import Failure, Tokens, read_failures, read_lines
 from lmrepair.fingerprint import fingerprint
+from lmrepair.loading import EMBEDDED, load
 from lmrepair.loop import repair
 from lmrepair.methods import Star
-from lmrepair.net import EMBEDDED, Net, load
+from lmrepair.net import Net
 from lmrepair.patch import Patch
 from lmrepair.render import drift_text, visible
 from lmrepair.verify import verify

@@ -20,7 +20,9 @@ from lmrepair.fingerprint import fingerprint
 from lmrepair.locate import Targeting, locate
 from lmrepair.methods import Method, Problem, Star
 from lmrepair.net import Batch, Net, Preference, Sites, settled
-from lmrepair.patch import Change, Item, Made, Patch, Trial
+from lmrepair.patch import Patch
+from lmrepair.patchfile import Item, Made
+from lmrepair.trial import Change, Trial
 
 ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another
 GREEDY_ROUNDS = 3  # at most, where greedy decoding disagrees with teacher forcing

@@ -81,7 +81,7 @@ def test_the_same_repair_twice_is_the_same_patch() -> None:
     made = [repair(oracle_models.net(), FAILURES, STAR, TEXT).patch for _ in range(2)]
     assert made[0] is not None
     assert made[1] is not None
-    assert made[0]._serialise() == made[1]._serialise()
+    assert made[0].serialise() == made[1].serialise()
 
 
 def test_contradictions_are_refused() -> None:

@@ -15,7 +15,8 @@ import torch
 from oracle_models import FAILURES, State
 
 from lmrepair import ModelError, UsageError, diagnose, load
-from lmrepair.net import Net, _hub_is_out_of_reach, settled
+from lmrepair.loading import _hub_is_out_of_reach
+from lmrepair.net import Net, settled
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "lmrepair" / "embedded" / "model"
 

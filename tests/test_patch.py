@@ -27,8 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lmrepair import Net, Patch, PatchError, Reference, Star, WrongModelError, load, repair
-from lmrepair.patch import KEY, Trial, _stamp, write_atomically
+from lmrepair.patchfile import KEY, _stamp, write_atomically
 from lmrepair.saved import save_model
+from lmrepair.trial import Trial
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,7 +46,7 @@ def made_on(net: Net, share: str = "1/4", count: int = 2) -> Patch:
 @cache
 def small() -> bytes:
     """The bytes of a small patch for the tiny Llama."""
-    return made_on(oracle_models.net(), "1/16", 1)._serialise()
+    return made_on(oracle_models.net(), "1/16", 1).serialise()
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
@@ -57,7 +58,7 @@ def test_there_and_back_is_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: 
     assert not before.changed(net)
     patch.save(tmp_path / "p.safetensors")
     loaded = Patch.load(tmp_path / "p.safetensors")
-    assert loaded._serialise() == patch._serialise() == (tmp_path / "p.safetensors").read_bytes()
+    assert loaded.serialise() == patch.serialise() == (tmp_path / "p.safetensors").read_bytes()
     assert loaded.items == patch.items
     assert loaded.size == (tmp_path / "p.safetensors").stat().st_size
     loaded.apply(net)
@@ -112,7 +113,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def test_the_same_repair_gives_the_same_bytes() -> None:
-    assert made_on(oracle_models.net(), "1/16", 1)._serialise() == small()
+    assert made_on(oracle_models.net(), "1/16", 1).serialise() == small()
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> N
     (tmp_path / "two").write_bytes(two)
     (tmp_path / "one").write_bytes(one)
     script = (
-        "import sys; from pathlib import Path; from lmrepair.patch import write_atomically as w\n"
+        "import sys; from pathlib import Path; from lmrepair.patchfile import write_atomically as w\n"
         "a, b, p = (Path(x) for x in sys.argv[1:]); A, B = a.read_bytes(), b.read_bytes(); print('up', flush=True)\n"
         "while True: w(p, A); w(p, B)"
     )
