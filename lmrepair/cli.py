@@ -66,7 +66,7 @@ def main() -> None:
         code = _complain(str(error))
     except typer.TyperException as error:
         text = getattr(error, "format_message", error.__str__)()
-        code = _complain(f"{text} (see lmrepair --help)")
+        code = _complain(f"{text} (see lmrepair --help)") if text else 2  # without arguments the help was printed
     except (KeyboardInterrupt, typer.Abort):
         code = _complain("interrupted; the model is as it was", INTERRUPTED)
     except BrokenPipeError:

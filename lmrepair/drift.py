@@ -9,11 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Tokens, read_lines
-from lmrepair.net import Batch, Net, settled
+from lmrepair.net import Net, settled
 from lmrepair.patch import Patch
 
 LENGTH = 256  # tokens read of one text
@@ -79,14 +78,17 @@ def measure_drift(
     with settled(net.model), torch.inference_mode():
         batches = net.batches(windows(net, reference.texts), max(LENGTH, LOGITS_AT_ONCE // net.anatomy.vocabulary))
         for number, batch in enumerate(batches):
-            before = _log_probabilities(net, batch)
+            before = net.logits(batch).double().log_softmax(dim=1)
+            likely, probabilities = before.argmax(dim=1), before.exp()
+            certainty = torch.linalg.vecdot(probabilities, before)
             count += len(before)
             for index, patch in enumerate(patches):
                 with patch.on(net):
-                    after = _log_probabilities(net, batch)
-                kl = (before.exp() * (before - after)).sum(dim=1).clamp(min=0)
-                same = before.argmax(dim=1) == after.argmax(dim=1)
-                sums[index] += torch.stack([kl.sum(), same.double().sum()]).cpu()
+                    after = net.logits(batch).double()
+                # Σ p (log p − log q), with log q = logit − logsumexp and Σ p = 1
+                kl = certainty - torch.linalg.vecdot(probabilities, after) + after.logsumexp(dim=1)
+                same = after.argmax(dim=1) == likely
+                sums[index] += torch.stack([kl.clamp(min=0).sum(), same.double().sum()]).cpu()
             if progress is not None:
                 progress(number + 1, len(batches))
     return [Drift(float(kl) / count, float(same) / count, count) for kl, same in sums]
@@ -103,7 +105,3 @@ def windows(net: Net, texts: Sequence[str]) -> list[Tokens]:
     if not found:
         raise FailuresError("the reference text is too short: expected texts of two tokens or more")
     return found
-
-
-def _log_probabilities(net: Net, batch: Batch) -> Tensor:
-    return net.logits(batch).double().log_softmax(dim=1)

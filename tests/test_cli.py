@@ -56,6 +56,13 @@ def test_help_names_every_command_and_is_fast(run: Run) -> None:
         assert command in out
 
 
+def test_without_arguments_the_help_is_all(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2
+    assert "Usage: lmrepair" in out + err
+    assert "error" not in err
+
+
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from lmrepair import cli; sys.argv = ['lmrepair', 'repair', '--help']\n"
