@@ -59,7 +59,7 @@ def load(
     if not local and _hub_is_out_of_reach():
         trust["local_files_only"] = True  # what was downloaded before; else transformers retries for half a minute
     factory: Any = AutoModelForCausalLM
-    with _quiet(), _loading(source):
+    with quietly(), _loading(source):
         config = AutoConfig.from_pretrained(source, **trust)
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(
@@ -134,7 +134,7 @@ def _loading(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """transformers without its progress bars and warnings, unless the user set its own verbosity."""
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         yield

@@ -25,8 +25,8 @@ from lmrepair.patchfile import Item, Made
 from lmrepair.trial import Change, Trial
 
 ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another
-GREEDY_ROUNDS = 3  # at most, where greedy decoding disagrees with teacher forcing
-SPARE_MARGIN = 0.1  # logits added where greedy decoding disagrees with teacher forcing
+MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
+SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
 
 Progress = Callable[[str, int, int], None]
@@ -205,14 +205,13 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
             seconds = time.perf_counter() - began
             after, greedy = solver.check(tokens)
             check_seconds = time.perf_counter() - began - seconds
-            # Greedy decoding reads the same tokens one by one: rounding can turn a near tie round.
-            for _ in range(GREEDY_ROUNDS):
-                torn = [not a.mistakes and not same for a, same in zip(after, greedy, strict=True)]
-                if not method.early or not any(torn):
+            # In other company, or token by token, rounding can turn a near tie round.
+            for _ in range(MARGIN_ROUNDS):
+                if not solver.converged or all(greedy):
                     break
                 solver.method = replace(solver.method, margin=solver.method.margin + SPARE_MARGIN)
                 began = time.perf_counter() - seconds
-                solver.solve(tokens, after)
+                solver.solve(tokens, diagnoses(batches, net.prefer(batches), solver.method.margin))
                 seconds = time.perf_counter() - began
                 after, greedy = solver.check(tokens)
             changes = trial.changes(solver.deltas)
@@ -270,6 +269,7 @@ class _Solver:
             layer: torch.zeros(len(columns), net.hidden, device=net.device) for layer, columns in sites.columns.items()
         }
         self.steps = 0
+        self.converged = False  # whether the last problem ended because nothing was left to do
 
     def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis]) -> None:
         """Work on the failures that have mistakes, in the method's mode."""
@@ -288,7 +288,8 @@ class _Solver:
             right = sum(not item.mistakes for item in found)
             if right > best:
                 best, kept = right, self.deltas
-            if right == len(found):
+            self.converged = self.method.early and right == len(found)
+            if self.converged:
                 return
         self.deltas = kept
         self.trial.write(kept)
@@ -325,7 +326,8 @@ class _Solver:
                 right = _right(batches, reading.preference)
                 if right > best:
                     best, kept = right, self.deltas
-            if not reading.gradients:
+            self.converged = not reading.gradients
+            if self.converged:
                 return
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from lmrepair.errors import ModelError, UsageError
+from lmrepair.loading import quietly
 from lmrepair.net import Net
 
 
@@ -33,8 +34,9 @@ def save_model(net: Net, output: Path) -> None:
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
     try:
-        net.model.save_pretrained(temporary)
-        net.tokenizer.save_pretrained(temporary)
+        with quietly():
+            net.model.save_pretrained(temporary)
+            net.tokenizer.save_pretrained(temporary)
         _check(net, temporary)
         mask = os.umask(0)
         os.umask(mask)
