@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,9 @@ def test_ctrl_c_leaves_no_patch_and_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": f"x{i} = ", "target": f"'{i} of many'\n"} for i in range(60)]
     path = write(tmp_path / "f.jsonl", *rows)
     arguments = [sys.executable, "-m", "lmrepair", "repair", str(path), "--mode", "batch", "--no-early"]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore the signal, and hand that down.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
