@@ -318,15 +318,16 @@ class _Solver:
         rows = sum(len(batch.rows) for batch in batches)
         everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
         several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
-        best, kept, memory = -1, self.deltas, None
+        start = self.deltas
+        best, kept, memory = -1, start, None
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
-            reading = self.net.read(batches, self.sites, focus, margin)
+            reading = method.read(self.net, batches, self.sites, focus, margin)
             if several:
                 right = _right(batches, reading.preference)
                 if right > best:
                     best, kept = right, self.deltas
-            self.converged = not reading.gradients
+            self.converged = reading.done
             if self.converged:
                 return
             problem = Problem(
@@ -337,7 +338,14 @@ class _Solver:
             self.deltas, memory = answer.deltas, answer.memory
             self.trial.write(self.deltas)
             self.steps += 1
-        if several and _right(batches, self.net.prefer(batches)) < best:
+        if not several and not method.undoes:
+            return
+        now = self.net.prefer(batches)
+        if method.undoes:
+            kept, worse = start, not now.holds(focus, method.margin)
+        else:
+            worse = _right(batches, now) < best
+        if worse:
             self.deltas = kept
             self.trial.write(kept)
 

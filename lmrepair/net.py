@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class Preference:
     gap: Tensor
     loss: Tensor
 
+    def holds(self, focus: Tensor | None, margin: float) -> bool:
+        """Whether every position in ``focus`` [N] (None: all) is preferred by more than ``margin`` logits."""
+        gap = self.gap if focus is None else self.gap[focus]
+        return bool((gap < -margin).all())
+
     @staticmethod
     def of(logits: Tensor, wanted: Tensor) -> Preference:
         """From logits [N, V] (any float dtype; compared in float32) and the wanted tokens [N]."""
@@ -88,14 +93,16 @@ class Preference:
 class Reading:
     """What one pass over the failures tells a method.
 
-    ``coefficients``: layer → Z [N, k], what the chosen neurons of that layer were multiplied by at the
-    N positions. ``gradients``: layer → [k, d], of the mean cross-entropy of the positions in focus, with
-    respect to the chosen neurons. Both are empty where nothing was left to do. ``padded`` counts tokens.
+    ``done``: whether nothing was left to do. ``coefficients``: layer → Z [N, k], what the chosen neurons
+    of that layer were multiplied by at the N positions. ``gradients``: layer → [k, d], of the mean
+    cross-entropy of the positions in focus, with respect to the chosen neurons. Both are empty where
+    nothing was left to do, or where the method does not read them.
     """
 
     preference: Preference
-    coefficients: Mapping[int, Tensor]
-    gradients: Mapping[int, Tensor]
+    done: bool
+    coefficients: Mapping[int, Tensor] = field(default_factory=dict)
+    gradients: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Net:
@@ -216,7 +223,7 @@ class Net:
         """One forward and one backward pass over each batch, kept at the chosen neurons.
 
         ``focus`` [N] (bool) narrows the cross-entropy to some positions. With a ``margin``, the last
-        backward pass is left out if no position in focus has a gap above −margin: nothing is left to do.
+        backward pass is left out if every position in focus is preferred by more: nothing is left to do.
         """
         sizes = [len(batch.rows) for batch in batches]
         parts = [None] * len(batches) if focus is None else list(focus.split(sizes))
@@ -230,9 +237,9 @@ class Net:
                 with torch.no_grad():
                     preferences.append(Preference.of(logits, batch.wanted))
                 if margin is not None and number + 1 == len(batches):
-                    gap = torch.cat([preference.gap for preference in preferences])
-                    if not bool((gap if focus is None else gap[focus]).gt(-margin).any()):
-                        return Reading(Preference.join(preferences), {}, {})
+                    joint = Preference.join(preferences)
+                    if joint.holds(focus, margin):
+                        return Reading(joint, True)
                 losses = F.cross_entropy(logits.float(), batch.wanted, reduction="none")
                 loss = (losses if part is None else losses[part]).sum() / total
                 made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in sites.layers])
@@ -242,7 +249,7 @@ class Net:
                 dense = z.T @ gradient.reshape(-1, self.hidden).float()
                 gradients[layer] = gradients[layer].add_(dense) if layer in gradients else dense
         joined = {layer: torch.cat(rows) for layer, rows in coefficients.items()}
-        return Reading(Preference.join(preferences), joined, gradients)
+        return Reading(Preference.join(preferences), False, joined, gradients)
 
     def _chosen(self, z: Tensor, sites: Sites, layer: int) -> Tensor:
         """The coefficients [B·T, k] of the chosen neurons, in float32."""

@@ -139,7 +139,7 @@ def test_what_has_no_gradient_does_not_move() -> None:
     given = problem(net, method)
     dead = given.reading.gradients[0].clone()
     dead[5], dead[:, 7] = 0.0, 0.0
-    reading = type(given.reading)(given.reading.preference, given.reading.coefficients, {0: dead})
+    reading = type(given.reading)(given.reading.preference, False, given.reading.coefficients, {0: dead})
     step = method.solve(Problem(net, given.batches, given.sites, reading, given.focus, given.deltas, given.bases, 0))
     assert not step.deltas[0][5].any()
     assert not step.deltas[0][:, 7].any()

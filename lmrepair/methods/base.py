@@ -7,7 +7,7 @@ its options, and ``--help`` must not wait for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +61,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    undoes: ClassVar[bool] = False  # whether a problem that is not solved after ``epochs`` steps is left as it was
 
     epochs: int = setting(10, "most steps for one problem")
     early: bool = setting(True, "stop as soon as every position is preferred")
@@ -79,6 +80,16 @@ class Method(ABC):
             raise UsageError(f"epochs is {self.epochs}; expected at least 1")
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"margin is {self.margin}; expected a number of logits, 0 or more")
+
+    def read(
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+    ) -> Reading:
+        """What a step is solved from; a method that needs no gradient, or another one, reads in its own way.
+
+        ``margin`` is None where all steps are to be made; else the reading says whether every position in
+        ``focus`` [N] (None: all) is preferred by more than that.
+        """
+        return net.read(batches, sites, focus, margin)
 
     @abstractmethod
     def solve(self, problem: Problem) -> Step:
