@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
 from lmrepair.locate import Targeting, locate
 from lmrepair.methods import Method, Problem, Star
+from lmrepair.moments import Statistics
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
+from lmrepair.statistics import statistics_of
 from lmrepair.trial import Change, Trial
 
 ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another
@@ -60,13 +62,15 @@ class Cost:
     """Time from the first diagnosis to the last teacher-forced check, and that in forward equivalents.
 
     A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
-    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards.
+    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards,
+    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair.
     """
 
     seconds: float
     forward_equivalents: float
     check_seconds: float
     steps: int
+    statistics_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,15 @@ def repair(
     method: Method | None = None,
     reference: Reference | None = None,
     progress: Progress = quiet,
+    statistics: Statistics | None = None,
 ) -> Repair:
     """Repair all failures together in one patch, and leave the net with that patch applied.
 
     Whatever happens in between (an error, Ctrl-C), the net is either patched as the result says or as it
     was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
     with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
+    A method that needs ``statistics`` of reference text has them gathered from text the model writes by
+    itself, once for each model, unless they are given.
 
     Raises FailuresError for failures that contradict each other or do not fit the model.
     Source of the method's maths: arXiv 2503.12899.
@@ -114,7 +121,8 @@ def repair(
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
     method = method or Star()
-    attempt = _attempt(net, failures, method, Bases.of(net), progress)
+    known = _Known.of(net, method, statistics, progress)
+    attempt = _attempt(net, failures, method, known, progress)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
@@ -126,7 +134,11 @@ def repair(
 
 
 def repair_each(
-    net: Net, failures: Sequence[Failure], method: Method | None = None, progress: Progress = quiet
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method | None = None,
+    progress: Progress = quiet,
+    statistics: Statistics | None = None,
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
@@ -134,9 +146,9 @@ def repair_each(
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
     """
     method = method or Star()
-    bases = Bases.of(net)
+    known = _Known.of(net, method, statistics, progress)
     for failure in failures:
-        attempt = _attempt(net, [failure], method, bases, progress)
+        attempt = _attempt(net, [failure], method, known, progress)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
@@ -187,7 +199,24 @@ class _Attempt:
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 
-def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases, progress: Progress) -> _Attempt:
+@dataclass(frozen=True)
+class _Known:
+    """What is made once for a net and a method: semantic bases, and statistics if the method asks for any."""
+
+    bases: Bases
+    statistics: Statistics | None
+    seconds: float
+
+    @staticmethod
+    def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> _Known:
+        bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
+        asked, began = method.asks(), time.perf_counter()
+        if asked is not None and statistics is None:
+            statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
+        return _Known(bases, statistics, time.perf_counter() - began)
+
+
+def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Known, progress: Progress) -> _Attempt:
     """Diagnose, locate, solve, apply and check; the weights are as they were afterwards."""
     tokens = net.tokenize(failures)
     with settled(net.model):
@@ -200,7 +229,7 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
         targeting = Targeting(method.layers, method.pattern, method.share)
         sites = locate(net, batches, preference, targeting)
         with Trial(net, sites) as trial:
-            solver = _Solver(net, method, bases, sites, trial, progress)
+            solver = _Solver(net, method, known, sites, trial, progress)
             solver.solve(tokens, before)
             seconds = time.perf_counter() - began
             after, greedy = solver.check(tokens)
@@ -219,7 +248,8 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
             Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
             for failure, b, a, same in zip(failures, before, after, greedy, strict=True)
         )
-        cost = Cost(seconds, seconds / forward_seconds(net, batches), check_seconds, solver.steps)
+        equivalents = seconds / forward_seconds(net, batches)
+        cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
         return _Attempt(method, outcomes, changes, cost)
 
 
@@ -256,15 +286,15 @@ def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
             if net.device.type == "cuda":
                 torch.cuda.synchronize(net.device)
             times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return median(times)
 
 
 class _Solver:
     """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
 
-    def __init__(self, net: Net, method: Method, bases: Bases, sites: Sites, trial: Trial, progress: Progress) -> None:
-        self.net, self.method, self.sites, self.trial, self.progress = net, method, sites, trial, progress
-        self.bases = Bases.of(net, gain=True) if getattr(method, "gain", False) else bases
+    def __init__(self, net: Net, method: Method, known: _Known, sites: Sites, trial: Trial, progress: Progress) -> None:
+        self.net, self.method, self.known, self.sites = net, method, known, sites
+        self.trial, self.progress = trial, progress
         self.deltas: Mapping[int, Tensor] = {
             layer: torch.zeros(len(columns), net.hidden, device=net.device) for layer, columns in sites.columns.items()
         }
@@ -332,7 +362,7 @@ class _Solver:
                 return
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
-                self.deltas, self.bases, step, memory,
+                self.deltas, self.known.bases, step, memory, self.known.statistics,
             )  # fmt: skip
             answer = method.solve(problem)
             self.deltas, memory = answer.deltas, answer.memory

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.basis import Bases
+    from lmrepair.moments import Statistics
     from lmrepair.net import Batch, Net, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
@@ -28,7 +29,8 @@ class Problem:
     """One step's input: the failures as read now, where to write, and the change so far.
 
     ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
-    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left.
+    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left;
+    ``statistics`` are those the method asks for.
     """
 
     net: Net
@@ -40,6 +42,20 @@ class Problem:
     bases: Bases
     step: int
     memory: Any = None
+    statistics: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The statistics of reference text that a method asks for.
+
+    ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
+    "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
+    """
+
+    inputs: str
+    outputs: str
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,10 @@ class Method(ABC):
             raise UsageError(f"epochs is {self.epochs}; expected at least 1")
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"margin is {self.margin}; expected a number of logits, 0 or more")
+
+    def asks(self) -> Asked | None:
+        """The statistics of reference text this method needs; most need none."""
+        return None
 
     def read(
         self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
