@@ -19,7 +19,7 @@ from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
 from lmrepair.locate import Targeting, locate
 from lmrepair.methods import Method, Problem, Star
-from lmrepair.moments import Statistics
+from lmrepair.moments import Metric, Statistics
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
@@ -201,19 +201,21 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is made once for a net and a method: semantic bases, and statistics if the method asks for any."""
+    """What is made once for a net and a method: semantic bases, and the metric if the method asks for one."""
 
     bases: Bases
-    statistics: Statistics | None
+    metric: Metric | None
     seconds: float
 
     @staticmethod
     def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> _Known:
         bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
         asked, began = method.asks(), time.perf_counter()
-        if asked is not None and statistics is None:
+        if asked is None:
+            return _Known(bases, None, 0.0)
+        if statistics is None:
             statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
-        return _Known(bases, statistics, time.perf_counter() - began)
+        return _Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
 
 
 def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Known, progress: Progress) -> _Attempt:
@@ -362,7 +364,7 @@ class _Solver:
                 return
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
-                self.deltas, self.known.bases, step, memory, self.known.statistics,
+                self.deltas, self.known.bases, step, memory, self.known.metric,
             )  # fmt: skip
             answer = method.solve(problem)
             self.deltas, memory = answer.deltas, answer.memory

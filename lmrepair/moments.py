@@ -111,3 +111,28 @@ class Statistics:
             through = self.inputs[layer].at(columns[layer]).apply(delta.float().T)
             total += float((self.outputs[layer].apply(through.T) * delta).sum())
         return total / 2
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The cost of a change in a form that can be solved with: C⁻¹ and F⁻¹ of every layer, damped."""
+
+    statistics: Statistics
+    damping: float
+    inputs: Mapping[int, Inverse]
+    outputs: Mapping[int, Inverse]
+
+    @staticmethod
+    def of(statistics: Statistics, damping: float) -> Metric:
+        return Metric(
+            statistics,
+            damping,
+            {layer: moment.inverse(damping) for layer, moment in statistics.inputs.items()},
+            {layer: moment.inverse(damping) for layer, moment in statistics.outputs.items()},
+        )
+
+    def restricted(self, layer: int, columns: Tensor) -> Inverse:
+        """C⁻¹ where only some neurons [k] of a layer may change: the inverse of that part of C."""
+        moment = self.statistics.inputs[layer]
+        part = moment.at(columns)
+        return self.inputs[layer] if part is moment else part.inverse(self.damping)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.basis import Bases
-    from lmrepair.moments import Statistics
+    from lmrepair.moments import Metric
     from lmrepair.net import Batch, Net, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
@@ -30,7 +30,7 @@ class Problem:
 
     ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
     since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left;
-    ``statistics`` are those the method asks for.
+    ``metric`` is made from the statistics the method asks for.
     """
 
     net: Net
@@ -42,7 +42,7 @@ class Problem:
     bases: Bases
     step: int
     memory: Any = None
-    statistics: Statistics | None = None
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class Asked:
 
     ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
     "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
+    ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal.
     """
 
     inputs: str
     outputs: str
     samples: int
+    damping: float
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class MinKl(Method):
             raise UsageError(f"samples {self.samples}, neurons {self.neurons}; expected 1 or more, and 0 or more")
 
     def asks(self) -> Asked:
-        return Asked(self.inputs, self.outputs, self.samples)
+        return Asked(self.inputs, self.outputs, self.samples, self.damping)
 
     def read(
         self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
@@ -63,20 +63,19 @@ class MinKl(Method):
         return read_margins(net, batches, sites, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
-        state = problem.memory or _State.of(problem, self.damping)
-        changes, gains = self._changes(problem, state)
+        state = problem.memory or _State.of(problem)
+        changes = self._changes(problem, state)
         if self.neurons and problem.memory is None:
-            chosen = {layer: _top(gain, self.neurons) for layer, gain in gains.items()}
-            state = _State.of(problem, self.damping, chosen)
-            changes, _ = self._changes(problem, state)
+            state = _State.of(problem, {layer: _top(change, self.neurons) for layer, change in changes.items()})
+            changes = self._changes(problem, state)
         deltas = {
             layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
             for layer, delta in problem.deltas.items()
         }
         return Step(deltas, state)
 
-    def _changes(self, problem: Problem, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Layer → change [k, d], and how much of the expected effect each neuron carries [k]."""
+    def _changes(self, problem: Problem, state: _State) -> dict[int, Tensor]:
+        """Layer → change [k, d]."""
         import torch
 
         factors: tuple[Factors, ...] = problem.reading.factors  # type: ignore[attr-defined]
@@ -87,17 +86,12 @@ class MinKl(Method):
         ridge = RIDGE * system.diagonal().mean() * torch.eye(len(system), dtype=system.dtype, device=system.device)
         weights = not_negative(system + ridge, rise).split([len(item.rows) for item in factors])
         changes: dict[int, Tensor] = {}
-        gains: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
-            change = gradient = torch.zeros(1, device=rows.device)
-            for weight, item, white in zip(weights, factors, whitened, strict=True):
-                mixed = torch.einsum("s,std->td", weight.float(), white.slopes[layer])
-                change = change + white.inputs[layer].T @ mixed
-                if self.neurons and problem.memory is None:
-                    plain = torch.einsum("s,std->td", weight.float(), item.slopes[layer])
-                    gradient = gradient + item.inputs[layer].T @ plain
-            changes[layer], gains[layer] = change, (gradient * change).sum(dim=1)
-        return changes, gains
+            for weight, item in zip(weights, whitened, strict=True):
+                mixed = torch.einsum("s,std->td", weight.float(), item.slopes[layer])
+                part = item.inputs[layer].T @ mixed
+                changes[layer] = changes[layer] + part if layer in changes else part
+        return changes
 
 
 @dataclass(frozen=True)
@@ -109,19 +103,15 @@ class _State:
     outputs: Mapping[int, Inverse]
 
     @staticmethod
-    def of(problem: Problem, damping: float, places: Mapping[int, Tensor] | None = None) -> _State:
+    def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
         import torch
 
-        statistics = problem.statistics
-        if statistics is None:
+        metric, columns = problem.metric, problem.sites.columns
+        if metric is None:
             raise UsageError("minkl needs statistics of reference text; repair() gathers them")
-        columns = problem.sites.columns
         chosen = places or {layer: torch.arange(len(columns[layer])) for layer in columns}
-        return _State(
-            chosen,
-            {at: statistics.inputs[at].at(columns[at].cpu()[chosen[at]]).inverse(damping) for at in columns},
-            {at: statistics.outputs[at].inverse(damping) for at in columns},
-        )
+        inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
+        return _State(chosen, inverses, metric.outputs)
 
     def restrict(self, item: Factors) -> Factors:
         inputs = {
@@ -187,5 +177,6 @@ def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
     return weights.clamp(min=0)
 
 
-def _top(gains: Tensor, count: int) -> Tensor:
-    return gains.argsort(descending=True, stable=True)[:count].sort().values.cpu()
+def _top(change: Tensor, count: int) -> Tensor:
+    best: Tensor = change.norm(dim=1).argsort(descending=True, stable=True)[:count].sort().values
+    return best.cpu()
