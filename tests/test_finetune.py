@@ -118,7 +118,7 @@ def test_whatever_breaks_lora_the_net_has_no_adapters(
 
     def broken(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == (1 if owner is not Net else 2):
             raise error
         return real(*arguments, **named)
 

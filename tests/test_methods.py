@@ -127,6 +127,10 @@ def test_every_method_gives_whole_finite_deltas_and_touches_nothing(name: str) -
     assert any(bool(delta.any()) for delta in first.deltas.values())
     assert torch.equal(torch.random.get_rng_state(), random)
     assert not before.changed(net)
+    # So is a second step, from what the first one left.
+    then = dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=1)
+    second, again = TABLE[name].solve(then), TABLE[name].solve(then)
+    assert all(torch.equal(second.deltas[layer], again.deltas[layer]) for layer in given.sites.layers)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

@@ -24,8 +24,12 @@ ADAPTER = "repair"
 
 @dataclass(frozen=True)
 class _Memory:
-    """The adapters' values by name, Adam's moments, and the change that was there before them."""
+    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them.
 
+    What the stand-in itself holds does not count: values are loaded into it before each use.
+    """
+
+    stand_in: Any
     values: Mapping[str, Tensor]
     moments: Moments | None
     before: Mapping[int, Tensor]
@@ -41,7 +45,7 @@ class Lora(Targeted):
     name: ClassVar[str] = "lora"
 
     rank: int = setting(8, "rank of each layer's change", positive=True)
-    learning_rate: float = setting(3e-3, "share of the prior (or the gradient) that one step takes", positive=True)
+    learning_rate: float = setting(2e-3, "share of the prior (or the gradient) that one step takes", positive=True)
     epochs: int = setting(60, "most steps for one problem", positive=True)
     seed: int = setting(0, "seed of random candidates (MINT) or adapters (LoRA)")
 
@@ -52,9 +56,9 @@ class Lora(Targeted):
     def solve(self, problem: Problem) -> Step:
         import torch
 
-        adapters = _adapters(problem, self.rank, self.seed)
-        parameters = {name: value for name, value in adapters.named_parameters() if value.requires_grad}
-        memory: _Memory = problem.memory if problem.step else _start(parameters, problem.deltas)
+        memory: _Memory = problem.memory if problem.step else self._start(problem)
+        adapters = memory.stand_in
+        parameters = _trained(adapters)
         with torch.enable_grad():
             _load(parameters, memory.values)
             made = _deltas(adapters)
@@ -66,11 +70,16 @@ class Lora(Targeted):
         with torch.no_grad():
             _load(parameters, values)
             deltas = {layer: memory.before[layer] + delta for layer, delta in _deltas(adapters).items()}
-        return Step(deltas, _Memory(values, moments, memory.before))
+        return Step(deltas, _Memory(adapters, values, moments, memory.before))
+
+    def _start(self, problem: Problem) -> _Memory:
+        adapters = _adapters(problem, self.rank, self.seed)
+        values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
+        return _Memory(adapters, values, None, problem.deltas)
 
 
-def _start(parameters: Mapping[str, Tensor], before: Mapping[int, Tensor]) -> _Memory:
-    return _Memory({name: value.detach().clone() for name, value in parameters.items()}, None, before)
+def _trained(adapters: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in adapters.named_parameters() if value.requires_grad}
 
 
 def _load(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
