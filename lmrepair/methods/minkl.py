@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import Asked, Method, Problem, Step, setting
+from lmrepair.methods.base import Asked, Problem, Step, Targeted, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinKl(Method):
+class MinKl(Targeted):
     """The smallest change of behaviour that repairs.
 
     Each step linearises the open margins exactly (one graph, a right-hand side for each), and solves
@@ -37,20 +37,18 @@ class MinKl(Method):
 
     name: ClassVar[str] = "minkl"
 
-    epochs: int = setting(20, "most steps for one problem")
+    epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(1.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
     outputs: str = setting("auto", "how the Fisher of the FFN outputs is kept", MOMENTS)
-    samples: int = setting(2048, "reference positions that sampled moments keep")
-    damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal")
+    samples: int = setting(2048, "reference positions that sampled moments keep", positive=True)
+    damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
     neurons: int = setting(0, "most neurons a layer to write to, those that carry most of the repair; 0: no limit")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.damping < float("inf"):
-            raise UsageError(f"damping is {self.damping}; expected a number above 0")
-        if self.samples < 1 or self.neurons < 0:
-            raise UsageError(f"samples {self.samples}, neurons {self.neurons}; expected 1 or more, and 0 or more")
+        if self.neurons < 0:
+            raise UsageError(f"neurons is {self.neurons}; expected 0 (no limit) or more")
 
     def asks(self) -> Asked:
         return Asked(self.inputs, self.outputs, self.samples, self.damping)
@@ -63,9 +61,9 @@ class MinKl(Method):
         return read_margins(net, batches, sites, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
-        state = problem.memory or _State.of(problem)
+        state = problem.memory if problem.step else _State.of(problem)
         changes = self._changes(problem, state)
-        if self.neurons and problem.memory is None:
+        if self.neurons and not problem.step:
             state = _State.of(problem, {layer: _top(change, self.neurons) for layer, change in changes.items()})
             changes = self._changes(problem, state)
         deltas = {
