@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmrepair.diagnosis import Diagnosis, Mistake, diagnose
-    from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+    from lmrepair.drift import Drift, Reference, measure_drift, measure_drift_by_kind, read_reference
     from lmrepair.errors import (
         FailuresError,
         LmrepairError,
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
         UsageError,
         WrongModelError,
     )
-    from lmrepair.evaluation import Scores, evaluate
+    from lmrepair.evaluation import Answer, Scores, answers, evaluate, scores
     from lmrepair.failures import Failure, Template, read_failures
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
-    from lmrepair.methods import FineTune, Lora, Method, Mint, Sgd, Star
+    from lmrepair.methods import FineTune, Lora, Method, MinKl, Mint, Sgd, Star
     from lmrepair.net import Net
     from lmrepair.patch import Patch
 
@@ -34,14 +34,15 @@ _HOME = {
     "loading": ("load",),
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
-    "drift": ("Drift", "Reference", "measure_drift", "read_reference"),
-    "methods": ("FineTune", "Lora", "Method", "Mint", "Sgd", "Star"),
+    "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
+    "methods": ("FineTune", "Lora", "Method", "MinKl", "Mint", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
-    "evaluation": ("Scores", "evaluate"),
+    "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Answer",
     "Diagnosis",
     "Drift",
     "Failure",
@@ -50,6 +51,7 @@ __all__ = [
     "LmrepairError",
     "Lora",
     "Method",
+    "MinKl",
     "Mint",
     "Mistake",
     "ModelError",
@@ -65,14 +67,17 @@ __all__ = [
     "Template",
     "UsageError",
     "WrongModelError",
+    "answers",
     "diagnose",
     "evaluate",
     "load",
     "measure_drift",
+    "measure_drift_by_kind",
     "read_failures",
     "read_reference",
     "repair",
     "repair_each",
+    "scores",
 ]
 
 
