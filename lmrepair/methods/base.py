@@ -109,12 +109,18 @@ class Method(ABC):
         return None
 
     def read(
-        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+        self,
+        net: Net,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None,
+        margin: float | None,
+        memory: Any = None,  # noqa: ARG002
     ) -> Reading:
         """What a step is solved from; a method that needs no gradient, or another one, reads in its own way.
 
         ``margin`` is None where all steps are to be made; else the reading says whether every position in
-        ``focus`` [N] (None: all) is preferred by more than that.
+        ``focus`` [N] (None: all) is preferred by more than that. ``memory`` is what the step before left.
         """
         return net.read(batches, sites, focus, margin)
 
