@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UsageError,
         WrongModelError,
     )
-    from lmrepair.evaluation import Scores, evaluate
+    from lmrepair.evaluation import Answer, Scores, answers, evaluate, scores
     from lmrepair.failures import Failure, Template, read_failures
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
@@ -37,11 +37,12 @@ _HOME = {
     "drift": ("Drift", "Reference", "measure_drift", "read_reference"),
     "methods": ("Method", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
-    "evaluation": ("Scores", "evaluate"),
+    "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Answer",
     "Diagnosis",
     "Drift",
     "Failure",
@@ -62,6 +63,7 @@ __all__ = [
     "Template",
     "UsageError",
     "WrongModelError",
+    "answers",
     "diagnose",
     "evaluate",
     "load",
@@ -70,6 +72,7 @@ __all__ = [
     "read_reference",
     "repair",
     "repair_each",
+    "scores",
 ]
 
 

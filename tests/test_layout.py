@@ -36,6 +36,7 @@ ORDER = [
     "loop",
     "verify",
     "saved",
+    "metrics",
     "evaluation",
     "render",
     "demo",

@@ -1,0 +1,181 @@
+"""Figures on pairs of texts, and how sure a mean is: BLEU, ROUGE-L, edit similarity, bootstrap intervals.
+
+Imports no model code. The metrics come from sacrebleu, rouge_score and rapidfuzz (the extra ``bench``),
+which are imported where they are used. BLEU and ROUGE-L read ``code_tokens``: their libraries' own
+tokenizers are made for prose, and rouge_score's is blind to operators and to case.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from lmrepair.errors import UsageError
+
+RESAMPLES_AT_ONCE = 1 << 20  # numbers drawn at once
+
+_OPERATORS = (
+    *("<<=", ">>=", "**=", "//=", "...", "===", "!==", "<=>", '"""', "'''"),
+    *("==", "!=", "<=", ">=", "->", "=>", ":=", "**", "//", "<<", ">>", "&&", "||", "::", "++", "--"),
+    *("+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "@=", "~="),
+)
+_TOKEN = re.compile(
+    r"[^\W\d]\w*"  # a name, in any script
+    r"|0[xX][0-9a-fA-F_]+|0[bB][01_]+|0[oO][0-7_]+"
+    r"|(?:\d[\d_]*(?:\.(?!\.)[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d[\d_]*)?[jJ]?"
+    rf"|{'|'.join(map(re.escape, _OPERATORS))}"
+    r"|\S"
+)
+
+
+def code_tokens(text: str) -> list[str]:
+    """The tokens of a piece of code in any language: names, numbers, operators (``!=`` is one), brackets.
+
+    White space separates and is left out; case is kept. A string literal gives its quotes and the
+    tokens of what is between them.
+    """
+    found: list[str] = []
+    end = 0
+    for match in _TOKEN.finditer(text):
+        token, joined = match.group(), match.start() == end and bool(found)
+        # Python's \w leaves out the marks that many scripts write inside a name.
+        if joined and (_is_mark(token) or _goes_on(found[-1], token)):
+            found[-1] += token
+        else:
+            found.append(token)
+        end = match.end()
+    return found
+
+
+def _is_mark(token: str) -> bool:
+    return len(token) == 1 and unicodedata.category(token).startswith("M")
+
+
+def _goes_on(before: str, token: str) -> bool:
+    """Whether a token goes on with the name that a mark interrupted."""
+    return unicodedata.category(before[-1]).startswith("M") and (before + token).isidentifier()
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """How near a written text is to its target, each between 0 and 1.
+
+    ``exact``: the same text, character by character. ``bleu``: sentence BLEU over code tokens, n-grams up
+    to the order that the shorter texts have. ``rouge_l``: F-measure of the longest common subsequence
+    of code tokens. ``edit_similarity``: 1 − Levenshtein distance / length of the longer text, in characters.
+    """
+
+    exact: bool
+    bleu: float
+    rouge_l: float
+    edit_similarity: float
+
+
+def text_scores(written: str, target: str) -> TextScores:
+    """Scores of one pair. Two texts without a token in either (both empty, say) agree: BLEU and ROUGE-L are 1.
+
+    Raises UsageError where the libraries of the extra ``bench`` are missing.
+    """
+    levenshtein = _library("rapidfuzz.distance.Levenshtein")
+    scores = _rouge_scorer().score(target, written)
+    blank = not code_tokens(written) and not code_tokens(target)
+    return TextScores(
+        exact=written == target,
+        bleu=1.0 if blank else _bleu().sentence_score(_spaced(written), [_spaced(target)]).score / 100,
+        rouge_l=1.0 if blank else float(scores["rougeL"].fmeasure),
+        edit_similarity=float(levenshtein.normalized_similarity(written, target)),
+    )
+
+
+def corpus_bleu(written: Sequence[str], targets: Sequence[str]) -> float:
+    """BLEU over all pairs together, between 0 and 1: one target for each written text, in the same order.
+
+    N-gram orders that no text is long enough for are left out, so that equal short texts score 1.
+    Raises UsageError for unequal numbers of texts, or anything but two flat lists of them: sacrebleu
+    takes transposed references without a word.
+    """
+    for name, texts in (("written", written), ("targets", targets)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"{name} is not a flat list of texts; give one text for each failure")
+    if len(written) != len(targets):
+        raise UsageError(f"{len(written)} written texts and {len(targets)} targets; expected as many of each")
+    if not written:
+        raise UsageError("no texts to compare; expected one pair or more")
+    found = _bleu().corpus_score([_spaced(text) for text in written], [[_spaced(text) for text in targets]])
+    return float(found.score) / 100
+
+
+def _spaced(text: str) -> str:
+    return " ".join(code_tokens(text))
+
+
+def _bleu() -> Any:
+    # force: no warning about texts that come in tokens already.
+    return _library("sacrebleu.metrics").BLEU(tokenize="none", effective_order=True, force=True)
+
+
+class _CodeTokenizer:
+    def tokenize(self, text: str) -> list[str]:
+        return code_tokens(text)
+
+
+def _rouge_scorer() -> Any:
+    return _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_CodeTokenizer())
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"text metrics need {name.split('.')[0]}, which is not installed; pip install 'lmrepair[bench]'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over ``count`` values with the bounds of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
+    """Percentile bootstrap of a mean over failures: the middle ``level`` of the means of resampled values.
+
+    With few or equal values the interval is too narrow (one value gives a point); ``count`` says how many
+    there were. Raises UsageError for no values, values that are no finite numbers, or a level outside (0, 1).
+    """
+    import numpy as np
+
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or not len(given) or not np.isfinite(given).all():
+        raise UsageError(f"{given.size} values, not all finite numbers in one row; expected one or more, one a failure")
+    if not 0 < level < 1 or resamples < 1:
+        raise UsageError(
+            f"level {level}, {resamples} resamples; expected a level between 0 and 1, one resample or more"
+        )
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, RESAMPLES_AT_ONCE // len(given))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        means[start : start + rows] = given[generator.integers(0, len(given), (rows, len(given)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(given.mean()), float(low), float(high), len(given))
+
+
+def paired(
+    values: Sequence[float], others: Sequence[float], seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Interval:
+    """The bootstrap of the differences ``values`` − ``others``, one pair a failure, in the same order."""
+    if len(values) != len(others):
+        raise UsageError(f"{len(values)} values and {len(others)} others; expected the same failures in both")
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    return bootstrap(differences, seed, resamples, level)
