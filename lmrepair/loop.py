@@ -17,11 +17,12 @@ from lmrepair.drift import Drift, Reference, measure_drift, read_reference
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
-from lmrepair.locate import Targeting, locate
+from lmrepair.locate import locate
 from lmrepair.methods import Method, Problem, Star
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
+from lmrepair.targeting import Targeting
 from lmrepair.trial import Change, Trial
 
 ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another

@@ -10,13 +10,14 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lmrepair.errors import UsageError, nearest
 from lmrepair.failures import Template
 from lmrepair.methods import METHODS, Method, method_named
 from lmrepair.targeting import Targeting
+from lmrepair.tomltable import Table, kind_name
 
 KINDS = ("alone", "together", "cumulative", "sparsity")
 PROMPT = "prompt"  # the yardstick that puts the answer into the prompt: no weights change
@@ -115,77 +116,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Grid:
+class BenchGrid:
     """A grid file: its name and its cells, in the order of its studies."""
 
     name: str
     cells: tuple[Cell, ...]
 
 
-class Table:
-    """A TOML table whose keys are taken one by one; ``done`` refuses those that nobody asked for."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where, self.asked = values, where, list[str]()
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = None, needed: bool = False) -> Any:
-        """The value of a key. Raises UsageError where it is missing and needed, or of another kind."""
-        self.asked.append(key)
-        if key not in self.values:
-            if needed:
-                raise UsageError(f"{self.where}: no {key}; expected {_kind(kind)}")
-            return default
-        value = self.values[key]
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise UsageError(f"{self.where}: {key} is {value!r}; expected {_kind(kind)}")
-        return value
-
-    def text(self, key: str, default: str | None = None, choices: Sequence[str] = (), needed: bool = False) -> Any:
-        value = self.take(key, str, default, needed)
-        if choices and value not in choices:
-            raise UsageError(f"{self.where}: {key} is {value!r}; expected one of {', '.join(choices)}")
-        if value is not None and not value.strip():
-            raise UsageError(f"{self.where}: {key} is empty; expected text")
-        return value
-
-    def count(self, key: str, default: int | None, least: int = 0) -> Any:
-        value = self.take(key, int, default)
-        if value is not None and value < least:
-            raise UsageError(f"{self.where}: {key} is {value}; expected {least} or more")
-        return value
-
-    def listed(self, key: str, kind: type, default: Sequence[Any] = ()) -> list[Any]:
-        values = self.take(key, list, list(default))
-        for value in values:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise UsageError(f"{self.where}: {key} holds {value!r}; expected a list of {_kind(kind)}")
-        if len(set(values)) < len(values):
-            raise UsageError(f"{self.where}: {key} names something twice: {values}")
-        return list(values)
-
-    def tables(self, key: str, needed: bool = True) -> list[Table]:
-        values = self.take(key, list, [], needed)
-        if needed and not values or not all(isinstance(value, dict) for value in values):
-            raise UsageError(f"{self.where}: {key} is no list of tables; expected [[{key}]] with keys below it")
-        return [Table(value, f"{self.where}, {key} {number}") for number, value in enumerate(values, start=1)]
-
-    def path(self, key: str, default: str | None = None, needed: bool = False) -> Any:
-        """A relative path: a grid, and the results made from it, hold no place of one machine."""
-        value = self.text(key, default, needed=needed)
-        if value is not None and (PurePosixPath(value).is_absolute() or re.match(r"[A-Za-z]:|[\\~]", value)):
-            raise UsageError(
-                f"{self.where}: {key} is {value!r}; expected a path relative to the grid's folder, or to the "
-                "folder that --models or --data names"
-            )
-        return value
-
-    def done(self) -> None:
-        for key in self.values:
-            if key not in self.asked:
-                raise UsageError(f"{self.where}: unknown key {key!r}; {nearest(key, self.asked)}")
-
-
-def read_grid(path: str | Path) -> Grid:
+def read_grid(path: str | Path) -> BenchGrid:
     """Read a grid and unfold its cells. Raises UsageError that says where, what was found and expected."""
     path = Path(path)
     try:
@@ -213,7 +151,7 @@ def read_grid(path: str | Path) -> Grid:
     twice = [cell.name for number, cell in enumerate(cells) if cell.name in {c.name for c in cells[:number]}]
     if twice:
         raise UsageError(f"{path.name}: two studies hold the cell {twice[0]!r}; expected each cell once")
-    return Grid(name, tuple(cells))
+    return BenchGrid(name, tuple(cells))
 
 
 def _study(
@@ -225,7 +163,8 @@ def _study(
 ) -> list[Cell]:
     kind = table.text("kind", choices=KINDS, needed=True)
     failing = table.count("failing", None, least=1)
-    chosen = [_chosen(table, key, known) for key, known in zip(("models", "data", "methods"), specs, strict=True)]
+    models, data, methods = specs
+    chosen = (_chosen(table, "models", models), _chosen(table, "data", data), _chosen(table, "methods", methods))
     own = table.listed("seeds", int, seeds)
     axes = {key: table.listed(key, str) for key in TARGETING}
     table.done()
@@ -233,14 +172,14 @@ def _study(
         raise UsageError(f"{table.where}: a sparsity study without targeting; expected layers, pattern or share")
     named = [[(key, value) for value in values] for key, values in axes.items() if values]
     cells = []
-    for model, data, method, seed in itertools.product(*chosen, own):
+    for model, task, method, seed in itertools.product(*chosen, own):
         for pairs in itertools.product(*named):
             if method.method == PROMPT and (kind != "alone" or pairs):
                 raise UsageError(
                     f"{table.where}: {method.name!r} changes no weights; it fits in a study of kind 'alone' only: "
                     "list the methods of this study without it"
                 )
-            cell = Cell(kind, model, data, method, dict(pairs), seed, failing, measures, drift)
+            cell = Cell(kind, model, task, method, dict(pairs), seed, failing, measures, drift)
             _checked(cell, table.where)
             cells.append(cell)
     return cells
@@ -321,7 +260,7 @@ def _check_settings(settings: Mapping[str, Any], method: type[Method], where: st
             raise UsageError(f"{where}: method {method.name!r} has no setting {key!r}; {nearest(key, known)}")
         kind = type(known[key])
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UsageError(f"{where}: {key} is {value!r}; expected {_kind(kind)}, as in {known[key]!r}")
+            raise UsageError(f"{where}: {key} is {value!r}; expected {kind_name(kind)}, as in {known[key]!r}")
 
 
 def _measures(table: Table) -> Measures:
@@ -337,15 +276,3 @@ def _measures(table: Table) -> Measures:
     )
     table.done()
     return spec
-
-
-def _kind(kind: type | tuple[type, ...]) -> str:
-    names = {
-        str: "text",
-        int: "a whole number",
-        list: "a list",
-        dict: "a table",
-        bool: "true or false",
-        float: "a number",
-    }
-    return " or ".join(names.get(one, one.__name__) for one in (kind if isinstance(kind, tuple) else (kind,)))
