@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from lmrepair.errors import FailuresError
+from lmrepair.errors import FailuresError, UsageError
 from lmrepair.failures import Tokens, read_lines
 from lmrepair.net import Net, settled
-from lmrepair.patch import Patch
 
 LENGTH = 256  # tokens read of one text
 LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MB in float32
+NUMBERS_IN_CACHE = 1 << 17  # of float64: 1 MB
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,22 @@ class Drift:
     """Change of predictions on reference text.
 
     ``kl``: mean KL(before ‖ after), nats per token. ``agreement``: share of tokens whose most likely
-    successor stayed the same. ``tokens``: how many were read.
+    successor is still a most likely one. ``tokens``: how many were read. Perplexity: exp of the mean
+    cross-entropy of the text's own next tokens, without and with the patch.
     """
 
     kl: float
     agreement: float
     tokens: int
+    perplexity_before: float = math.nan
+    perplexity_after: float = math.nan
+
+
+class Edit(Protocol):
+    """What can be measured: a patch, or anything that writes weights for the length of a ``with`` block."""
+
+    def on(self, net: Net) -> AbstractContextManager[None]:
+        """The net with the edit, put back afterwards."""
 
 
 @dataclass(frozen=True)
@@ -40,32 +54,55 @@ class Reference:
     texts: tuple[str, ...]
 
 
-def read_reference(path: str | Path | None = None) -> Reference:
+def read_reference(path: str | Path | None = None, kind: str = "") -> Reference:
     """Reference text from a file: JSON lines with ``text``, or plain text. Default: the set that ships.
+
+    ``kind`` stands for the file's name in the reference's name.
 
     Raises FailuresError for a file that is missing, empty or not UTF-8.
     """
     source = Path(str(files("lmrepair") / "embedded" / "reference.jsonl")) if path is None else Path(path)
+    texts = [text for _, text in _texts(source)]
+    return _named(kind or ("default" if path is None else source.name), texts)
+
+
+def read_kinds(path: str | Path | None = None) -> list[Reference]:
+    """The texts of a file apart by their ``kind`` (JSON lines; without it, the file's name is the kind)."""
+    source = Path(str(files("lmrepair") / "embedded" / "reference.jsonl")) if path is None else Path(path)
+    kinds: dict[str, list[str]] = {}
+    for kind, text in _texts(source):
+        kinds.setdefault(kind or source.stem, []).append(text)
+    return [_named(kind, texts) for kind, texts in kinds.items()]
+
+
+def _named(kind: str, texts: Sequence[str]) -> Reference:
+    content = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return Reference(f"{kind}@{content}", tuple(texts))
+
+
+def _texts(source: Path) -> list[tuple[str, str]]:
+    """The texts of a file with their kinds, empty where none is given."""
+    found = []
     if source.suffix == ".jsonl":
-        texts = []
         for number, row in read_lines(source):
             if not isinstance(row.get("text"), str):
                 raise FailuresError(f'{source}, line {number}: no text; expected reference text as {{"text": …}}')
-            texts.append(row["text"])
+            if not isinstance(row.get("kind", ""), str):
+                raise FailuresError(f"{source}, line {number}: the kind is no text; expected a name, or none")
+            found.append((row.get("kind", ""), row["text"]))
     else:
         try:
-            texts = [source.read_text(encoding="utf-8")]
+            found = [("", source.read_text(encoding="utf-8"))]
         except (OSError, UnicodeDecodeError) as error:
             raise FailuresError(f"{source}: cannot be read as UTF-8 text ({error})") from error
-    if not any(text.strip() for text in texts):
+    if not any(text.strip() for _, text in found):
         raise FailuresError(f"{source}: no reference text in it")
-    content = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return Reference(f"{'default' if path is None else source.name}@{content}", tuple(texts))
+    return found
 
 
 def measure_drift(
     net: Net,
-    patches: Sequence[Patch],
+    patches: Sequence[Edit],
     reference: Reference,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Drift]:
@@ -73,25 +110,102 @@ def measure_drift(
 
     The untouched model reads each batch once, whatever the number of patches.
     """
-    sums = torch.zeros(len(patches), 2, dtype=torch.float64)
-    count = 0
+    sums = torch.zeros(len(patches), 3, dtype=torch.float64)
+    count, entropy = 0, 0.0
     with settled(net.model), torch.inference_mode():
         batches = net.batches(windows(net, reference.texts), max(LENGTH, LOGITS_AT_ONCE // net.anatomy.vocabulary))
         for number, batch in enumerate(batches):
-            before = net.logits(batch).double().log_softmax(dim=1)
-            likely, probabilities = before.argmax(dim=1), before.exp()
-            certainty = torch.linalg.vecdot(probabilities, before)
-            count += len(before)
+            base = _Base.of(net.logits(batch), batch.wanted)
+            count += len(batch.wanted)
+            entropy += base.entropy
             for index, patch in enumerate(patches):
                 with patch.on(net):
-                    after = net.logits(batch).double()
-                # Σ p (log p − log q), with log q = logit − logsumexp and Σ p = 1
-                kl = certainty - torch.linalg.vecdot(probabilities, after) + after.logsumexp(dim=1)
-                same = after.argmax(dim=1) == likely
-                sums[index] += torch.stack([kl.clamp(min=0).sum(), same.double().sum()]).cpu()
+                    after = net.logits(batch)
+                sums[index] += base.compare(after)
             if progress is not None:
                 progress(number + 1, len(batches))
-    return [Drift(float(kl) / count, float(same) / count, count) for kl, same in sums]
+    return [
+        Drift(kl / count, same / count, count, perplexity(entropy / count), perplexity(crossed / count))
+        for kl, same, crossed in sums.tolist()
+    ]
+
+
+def measure_drift_by_kind(
+    net: Net,
+    patches: Sequence[Edit],
+    references: Sequence[Reference],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Drift]]:
+    """For each patch its drift on each reference, by the reference's name, the largest KL first.
+
+    Raises UsageError for two references of one name.
+    """
+    names = [reference.name for reference in references]
+    if len(set(names)) < len(names):
+        raise UsageError(f"references {', '.join(names)}: two have one name; give each kind of text its own")
+    measured = []
+    for number, reference in enumerate(references):
+        measured.append(measure_drift(net, patches, reference))
+        if progress is not None:
+            progress(number + 1, len(references))
+    return [worst_first(dict(zip(names, drifts, strict=True))) for drifts in zip(*measured, strict=True)]
+
+
+def worst_first(kinds: Mapping[str, Drift]) -> dict[str, Drift]:
+    """Drift by kind of text, the largest KL first, and what is no number before all."""
+    return dict(sorted(kinds.items(), key=lambda item: (not math.isnan(item[1].kl), -item[1].kl)))
+
+
+def perplexity(entropy: float) -> float:
+    """exp of a cross-entropy in nats; infinite where that is beyond a float."""
+    return math.exp(entropy) if entropy < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the untouched model predicts at N positions, [N, V] in float64, and how it is compared with.
+
+    Rows are taken a few at a time, as many as stay in a CPU's cache: the sums are the same, and several
+    times faster than over all rows at once.
+    """
+
+    probabilities: Tensor
+    certainty: Tensor
+    likely: Tensor
+    wanted: Tensor
+    entropy: float
+
+    @staticmethod
+    def of(logits: Tensor, wanted: Tensor) -> _Base:
+        chances = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
+        parts = []
+        for rows in _few_rows(logits):
+            logs = logits[rows].double().log_softmax(dim=1)
+            torch.exp(logs, out=chances[rows])
+            entropy = -logs.gather(1, wanted[rows, None]).squeeze(1)
+            parts.append((torch.linalg.vecdot(chances[rows], logs), logs.argmax(dim=1), entropy))
+        certainty, likely, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        return _Base(chances, certainty, likely, wanted, float(entropies.sum()))
+
+    def compare(self, logits: Tensor) -> Tensor:
+        """Sums over the positions [3]: KL, positions that agree, cross-entropy of the wanted tokens."""
+        total = torch.zeros(3, dtype=torch.float64, device=logits.device)
+        for rows in _few_rows(logits):
+            after = logits[rows].double()
+            norm = after.logsumexp(dim=1)
+            # Σ p (log p − log q), with log q = logit − logsumexp and Σ p = 1
+            kl = self.certainty[rows] - torch.linalg.vecdot(self.probabilities[rows], after) + norm
+            same = after.gather(1, self.likely[rows, None]).squeeze(1) == after.amax(dim=1)
+            crossed = norm - after.gather(1, self.wanted[rows, None]).squeeze(1)
+            total += torch.stack([kl.clamp(min=0).sum(), same.double().sum(), crossed.sum()])
+        return total.cpu()
+
+
+def _few_rows(logits: Tensor) -> Iterator[slice]:
+    count, width = logits.shape
+    step = max(1, NUMBERS_IN_CACHE // width) if logits.device.type == "cpu" else count
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def windows(net: Net, texts: Sequence[str]) -> list[Tokens]:

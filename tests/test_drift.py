@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
+from typing import Any
 
 import oracle
 import oracle_models
 import pytest
 from oracle_models import FAILURES, State
 
-from lmrepair import FailuresError, Reference, Star, evaluate, measure_drift, read_reference
-from lmrepair.drift import windows
+import lmrepair.drift as drift_module
+from lmrepair import Drift, FailuresError, Reference, Star, UsageError, evaluate, measure_drift, read_reference
+from lmrepair.drift import measure_drift_by_kind, windows, worst_first
 from lmrepair.loop import repair_each
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox", "a" * 400))
@@ -34,6 +37,47 @@ def test_drift_is_the_oracles(kind: str) -> None:
         assert drift.agreement == pytest.approx(agreement, abs=2e-3)
         assert drift.tokens == tokens
         assert measure_drift(net, [patch], TEXT) == [drift]
+        assert drift.perplexity_before == pytest.approx(perplexity(untouched, texts), rel=1e-4)
+        with patch.on(net):
+            assert drift.perplexity_after == pytest.approx(perplexity(net.model, texts), rel=1e-4)
+        assert drift.perplexity_after != drift.perplexity_before
+
+
+def perplexity(model: Any, texts: list[tuple[int, ...]]) -> float:
+    losses = [-oracle.logits(model, ids)[at].log_softmax(0)[ids[at + 1]] for ids in texts for at in range(len(ids) - 1)]
+    return math.exp(sum(map(float, losses)) / len(losses))
+
+
+@pytest.mark.parametrize("numbers", [1, 700, 1 << 30])
+def test_how_many_rows_are_compared_at_once_does_not_matter(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    patches = [result.patch for result in repair_each(net, FAILURES[:1], Star(learning_rate=0.1)) if result.patch]
+    (whole,) = measure_drift(net, patches, TEXT)
+    monkeypatch.setattr(drift_module, "NUMBERS_IN_CACHE", numbers)
+    (found,) = measure_drift(net, patches, TEXT)
+    assert (found.agreement, found.tokens) == (whole.agreement, whole.tokens)
+    for name in ("kl", "perplexity_before", "perplexity_after"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-9)
+
+
+def test_drift_by_kind_shows_the_worst_kind_first() -> None:
+    net = oracle_models.net()
+    patches = [result.patch for result in repair_each(net, FAILURES[:2], Star(learning_rate=0.1)) if result.patch]
+    kinds = [
+        Reference(name, texts)
+        for name, texts in (("fox", TEXT.texts[1:2]), ("a", TEXT.texts[2:]), ("code", TEXT.texts[:1]))
+    ]
+    found = measure_drift_by_kind(net, patches, kinds)
+    assert len(found) == 2
+    for index, by_kind in enumerate(found):
+        kls = [drift.kl for drift in by_kind.values()]
+        assert kls == sorted(kls, reverse=True)
+        for kind in kinds:
+            assert by_kind[kind.name] == measure_drift(net, patches, kind)[index]
+    with pytest.raises(UsageError, match="two have one name"):
+        measure_drift_by_kind(net, patches, [kinds[0], kinds[0]])
+    nothing = {"small": Drift(0.1, 1, 1), "broken": Drift(math.nan, 0, 1), "large": Drift(0.2, 1, 1)}
+    assert list(worst_first(nothing)) == ["broken", "large", "small"]
 
 
 def test_reference_text(tmp_path: Path) -> None:
