@@ -22,6 +22,7 @@ from lmrepair.gridfile import EMBEDDED, BenchGrid, Cell
 from lmrepair.workers import Ended, Processes, RayActors, Work, Workers, error_data
 
 FORMAT = 1
+MANY = 1 << 30
 ATTEMPTS = 3  # at a cell whose worker dies
 EXECUTORS = ("local", "ray")
 
@@ -31,7 +32,8 @@ class Planned:
     """A cell, the job that measures it, its file, what it is made from, and where it stands.
 
     ``state``: "done", or why it is to be run: "new", "stale" (made from something else), "failed" the
-    last time, "damaged". ``order`` is the cell's place in the grid.
+    last time, "damaged". ``order`` is the cell's place in the grid, ``weight`` how many
+    failures it may hold.
     """
 
     job: Job
@@ -39,6 +41,7 @@ class Planned:
     file: Path
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
+    weight: int
     state: str
 
     @property
@@ -79,7 +82,8 @@ def plan(
             continue
         job = Job(cell, models, data, device, threads)
         file, config, inputs = output / f"{cell.name}.json", cell.config(), _inputs(job, hashed)
-        fresh = Planned(job, order, file, config, inputs, "new")
+        weight = min(cell.failing or MANY, _lines(_data(job)))
+        fresh = Planned(job, order, file, config, inputs, weight, "new")
         found.append(replace(fresh, state=_state(file, fresh.digest)))
     if not found:
         raise UsageError(f"no cell of {grid.name!r} has {only!r} in its name; cells: {grid.cells[0].name}, …")
@@ -184,10 +188,10 @@ def _states(todo: Sequence[Planned]) -> str:
 
 
 class _Clock:
-    """Progress with a time estimate: cells weigh as many failures as they may hold."""
+    """Progress with a time estimate: cells weigh as much as the failures that they may hold."""
 
     def __init__(self, todo: Sequence[Planned]) -> None:
-        self._left = {item.cell.name: item.cell.failing or 100 for item in todo}
+        self._left = {item.cell.name: item.weight for item in todo}
         self._weight = sum(self._left.values())
         self._total = len(todo)
         self._began = time.monotonic()
@@ -209,9 +213,9 @@ def _span(seconds: float) -> str:
 def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
     """SHA-256 of what a cell reads: data files and the model's folder (not of a hub model: there its name says)."""
     cell = job.cell
-    found = {"data": data_file(job, cell.data.file, "failures.jsonl")}
+    found = {"data": _data(job)}
     if cell.data.heldout:
-        found["heldout"] = data_file(job, cell.data.heldout, "failures.jsonl")
+        found["heldout"] = job.data / cell.data.heldout
     for spec in cell.drift:
         found[f"drift {spec.kind}"] = data_file(job, spec.file, "reference.jsonl")
     made = {}
@@ -225,6 +229,14 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
         parts = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt", ".model"))
         made["model"] = _digest([[path.name, _hashed(path, hashed)] for path in parts])
     return made
+
+
+def _data(job: Job) -> Path:
+    return data_file(job, job.cell.data.file, f"{job.cell.data.format}.jsonl")
+
+
+def _lines(path: Path) -> int:
+    return max(1, path.read_bytes().count(b"\n"))
 
 
 def _hashed(path: Path, hashed: dict[Path, str]) -> str:

@@ -6,34 +6,46 @@ cell on the same kind of machine gives the same record, but for times and memory
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lmrepair.cumulative import cumulative
 from lmrepair.diagnosis import diagnose
-from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+from lmrepair.drift import LENGTH, Edit, Reference, measure_drift, read_kinds, read_reference
 from lmrepair.errors import FailuresError
-from lmrepair.evaluation import Answer, answers, decoder, greedy_texts, teacher_texts
+from lmrepair.evaluation import Answer, answers
 from lmrepair.failures import Failure, read_failures
-from lmrepair.gridfile import EMBEDDED, Cell, DataSpec
+from lmrepair.grid import Grid, grid_effects, read_grid
+from lmrepair.gridfile import EMBEDDED, Cell, DriftSpec
 from lmrepair.loading import load
 from lmrepair.loop import Repair, repair, repair_each
 from lmrepair.machine import Peak, machine, versions
 from lmrepair.methods import Method
-from lmrepair.metrics import corpus_bleu, text_scores
 from lmrepair.net import Net
 from lmrepair.patch import Patch
+from lmrepair.records import (
+    clean,
+    cost_data,
+    effect_data,
+    failure_data,
+    grid_data,
+    heldout_change,
+    heldout_data,
+    outcome_data,
+    patch_data,
+    point_data,
+)
+from lmrepair.sideeffects import SideEffects, effect, neighbours, probes, side_effects
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
-DIGITS = 6
-
-View = Callable[[Sequence[Failure]], list[Failure]]
+SHORTEST = 32  # tokens that are read of each reference text, at least
 
 
 @dataclass(frozen=True)
@@ -54,12 +66,20 @@ class Rows:
     failing: list[Failure]
     all: list[Failure]
     heldout: list[Failure]
+    grid: Grid | None = None
+
+
+class _Untouched:
+    """An edit that changes nothing: what an attempt without a patch left."""
+
+    def on(self, _: Net) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def measure(job: Job) -> dict[str, Any]:
     """The record of a cell: ``machine``, ``versions``, ``seconds``, and what its study measured.
 
-    Raises what its parts raise; nothing of it is left in the net, which is loaded anew for every cell.
+    Raises what its parts raise; the net is loaded anew for every cell, so nothing is left behind.
     """
     cell = job.cell
     began = time.perf_counter()
@@ -67,7 +87,7 @@ def measure(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     torch.manual_seed(cell.seed)
     net = load(model_source(job), device=job.device, dtype=cell.model.dtype)
-    study = _Study(net, cell, _rows(net, job), references(job))
+    study = _Study(net, cell, _rows(net, job), [_reference(net, spec, job) for spec in cell.drift])
     found = study.run()
     return {
         "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
@@ -88,60 +108,67 @@ def model_source(job: Job) -> str | None:
 
 def data_file(job: Job, name: str, embedded: str) -> Path:
     """A file of the grid below ``data``, or the one that ships."""
-    if name == EMBEDDED:
-        from importlib.resources import files
-
-        return Path(str(files("lmrepair") / "embedded" / embedded))
-    return job.data / name
+    return Path(str(files("lmrepair") / "embedded" / embedded)) if name == EMBEDDED else job.data / name
 
 
-def references(job: Job) -> list[tuple[str, Reference, int]]:
-    """(kind, text, tokens to read) for each kind of reference text."""
-    found = []
-    for spec in job.cell.drift:
-        reference = read_reference(None if spec.file == EMBEDDED else job.data / spec.file)
-        found.append((spec.kind, reference, spec.tokens))
-    return found
+def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
+    """Reference text of one kind (its rows, where a file has several), as short as the cell asks for."""
+    path = None if spec.file == EMBEDDED else job.data / spec.file
+    kinds = [one for one in read_kinds(path) if one.name.split("@")[0] == spec.kind]
+    whole = kinds[0] if kinds else read_reference(path, spec.kind)
+    length = min(LENGTH, max(SHORTEST, spec.tokens // len(whole.texts)))
+    texts = []
+    for text in whole.texts[: max(1, spec.tokens // length)]:
+        ids = net.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"][: length - 1]
+        texts.append(str(net.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+    return replace(whole, texts=tuple(texts))
 
 
 def _rows(net: Net, job: Job) -> Rows:
     cell, spec = job.cell, job.cell.data
-    everything = _read(job, spec, spec.file)
+    path = data_file(job, spec.file, f"{spec.format}.jsonl")
+    grid = read_grid(path) if spec.format == "grid" else None
+    everything = list(grid.cells) if grid else read_failures(path, spec.template)
     found = diagnose(net, everything)
-    failing = [row for row, item in zip(everything, found, strict=True) if item.mistakes][: cell.failing]
+    failing = [row for row, item in zip(everything, found, strict=True) if item.mistakes]
     if not failing:
         raise FailuresError(f"{spec.file}: the model makes no mistake on any of its {len(everything)} rows")
-    if spec.heldout is not None:
-        heldout = _read(job, spec, spec.heldout)
-    else:
-        chosen = {row.id for row in failing}
-        heldout = [row for row in everything if row.id not in chosen]
-    prompts = {row.prompt for row in failing}
-    heldout = [row for row in heldout if row.prompt not in prompts or row.messages]
+    count = min(cell.failing or len(failing), len(failing))
+    if grid:
+        return Rows([failing[at * len(failing) // count] for at in range(count)], everything, [], grid)
+    failing = failing[:count]
+    source = everything if spec.heldout is None else read_failures(job.data / spec.heldout, spec.template)
+    asked = {_asked(row) for row in failing}
+    heldout = [row for row in source if _asked(row) not in asked]
     return Rows(failing, everything, heldout[: cell.measures.heldout])
 
 
-def _read(job: Job, spec: DataSpec, name: str) -> list[Failure]:
-    return read_failures(data_file(job, name, "failures.jsonl"), spec.template)
+def _asked(row: Failure) -> str:
+    return row.prompt or str([dict(message) for message in row.messages])
 
 
 class _Study:
     """One cell under measurement: what is read once of the untouched net, and the study's records."""
 
-    def __init__(self, net: Net, cell: Cell, rows: Rows, texts: list[tuple[str, Reference, int]]) -> None:
-        self.net, self.cell, self.rows, self.texts = net, cell, rows, texts
-        self.before = answers(net, rows.failing)
-        self.held = answers(net, rows.heldout, generate=False)
+    def __init__(self, net: Net, cell: Cell, rows: Rows, references: Sequence[Reference]) -> None:
+        self.net, self.cell, self.rows, self.references = net, cell, rows, references
+        self.method = cell.method.build(cell.targeting, cell.seed)
 
     def run(self) -> dict[str, Any]:
-        method = self.cell.method.build(self.cell.targeting, self.cell.seed)
-        if method is None:
-            found = {"failures": self._prompted()}
+        """The study's part of the record."""
+        if self.method is not None and self.cell.study == "cumulative":
+            return self._cumulative(self.method)
+        self.before = answers(self.net, self.rows.failing)
+        self.held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        if self.rows.grid:
+            self.cells = answers(self.net, self.rows.grid.cells, generate=False)
+        if self.method is None:
+            found: dict[str, Any] = {"failures": self._prompted()}
         elif self.cell.study == "together":
-            found = self._together(method)
+            found = self._together(self.method)
         else:
-            found = {"failures": self._alone(method)}
-        return {**found, "heldout": heldout_data(self.net, self.held)}
+            found = {"failures": self._alone(self.method)}
+        return {"heldout": self.held, **found}
 
     def _prompted(self) -> list[dict[str, Any]]:
         """The yardstick: the solved failure is put before the prompt, and the weights stay as they are."""
@@ -149,84 +176,107 @@ class _Study:
         for row, before in zip(self.rows.failing, self.before, strict=True):
             began = time.perf_counter()
             (after,) = answers(self.net, solved_before([row], row))
-            seconds = time.perf_counter() - began
-            record = self._record(row, before, after, "")
-            record["cost"] = {"seconds": seconds, "forward_equivalents": None, "check_seconds": 0.0, "steps": 0}
-            found.append({**record, **self._side(lambda rows, row=row: solved_before(rows, row))})
+            cost = {"seconds": time.perf_counter() - began, "steps": 0}
+            held = answers(self.net, solved_before(self.rows.heldout, row), generate=False)
+            record = failure_data(self.net, row, before, after, "") | {"cost": cost}
+            record |= heldout_change(self.held, heldout_data(self.net, held))
+            found.append(record | side_data(prompted_effects(self.net, row, self.rows.all, self.cell)))
         return found
 
     def _alone(self, method: Method) -> list[dict[str, Any]]:
         """Every failure from the untouched net (the protocol of arXiv 2503.12899)."""
         found: list[dict[str, Any]] = []
         held: list[tuple[dict[str, Any], Patch]] = []
-        made = iter(repair_each(self.net, self.rows.failing, method))
+        size = 0
+        made = repair_each(self.net, self.rows.failing, method)
         peak = Peak(self.net.device)
         for row, before in zip(self.rows.failing, self.before, strict=True):
             torch.manual_seed(self.cell.seed)
             peak.start()
             one = next(made)
-            memory = peak.read()
-            with patched(self.net, one.patch):
-                (after,) = answers(self.net, [row])
-                record = self._record(row, before, after, one.outcomes[0].reason)
-                record |= {"cost": cost_data(one, memory), "patch": patch_data(self.net, one.patch)}
-                record |= self._side(list)
+            record = self._repaired(row, before, one, peak.read())
             found.append(record)
             if one.patch is not None:
                 held.append((record, one.patch))
-            if sum(patch.size for _, patch in held) > HELD:
-                held = self._drifts(held)
+                size += record["patch"]["bytes"]
+            if size > HELD:
+                self._drifts(held)
+                held, size = [], 0
         self._drifts(held)
         return found
+
+    def _repaired(self, row: Failure, before: Answer, one: Repair, memory: int | None) -> dict[str, Any]:
+        edit = one.patch or _Untouched()
+        with edit.on(self.net):
+            (after,) = answers(self.net, [row])
+            held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        record = failure_data(self.net, row, before, after, one.outcomes[0].reason)
+        record |= {"cost": cost_data(one, memory), "patch": patch_data(self.net, one.patch)}
+        record |= heldout_change(self.held, held)
+        if self.rows.grid:
+            place = divmod(self.rows.grid.cells.index(row), len(self.rows.grid.wordings))
+            return record | {"grid": grid_data(grid_effects(self.net, self.rows.grid, edit, place, self.cells))}
+        return record | side_data(self._side_effects(edit, [row]))
 
     def _together(self, method: Method) -> dict[str, Any]:
         """All failures in one patch."""
         peak = Peak(self.net.device)
         peak.start()
-        joint = repair(self.net, self.rows.failing, method)
+        joint = repair(self.net, self.rows.failing, method, min(self.references, key=_size, default=None))
         memory = peak.read()
-        records = []
-        after = answers(self.net, self.rows.failing)
-        for row, old, new, outcome in zip(self.rows.failing, self.before, after, joint.outcomes, strict=True):
-            records.append(self._record(row, old, new, outcome.reason))
-        side = self._side(list)
-        whole = {"cost": cost_data(joint, memory), "patch": patch_data(self.net, joint.patch), **side}
         if joint.patch is not None:
             joint.patch.revert(self.net)
-            self._drifts([(whole, joint.patch)])
+        edit = joint.patch or _Untouched()
+        with edit.on(self.net):
+            after = answers(self.net, self.rows.failing)
+            held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        records = [
+            failure_data(self.net, row, old, new, outcome.reason)
+            for row, old, new, outcome in zip(self.rows.failing, self.before, after, joint.outcomes, strict=True)
+        ]
+        whole = {"cost": cost_data(joint, memory), "patch": patch_data(self.net, joint.patch)}
+        whole |= heldout_change(self.held, held) | side_data(self._side_effects(edit, self.rows.failing))
+        self._drifts([(whole, edit)])
         return {"failures": records, "together": whole}
 
-    def _record(self, row: Failure, before: Answer, after: Answer, reason: str) -> dict[str, Any]:
-        decode = decoder(self.net)
-        greedy = after.written == after.tokens.target
+    def _cumulative(self, method: Method) -> dict[str, Any]:
+        """Repairs one after another, and in one joint solve beside them where the method can."""
+        done = cumulative(
+            self.net,
+            self.rows.failing,
+            method,
+            self.rows.heldout,
+            self.references,
+            self.cell.measures.every,
+            joint=method.mode == "multi-failure",
+            texts=True,
+        )
         return {
-            "id": row.id,
-            "prompt": row.prompt or str([dict(message) for message in row.messages]),
-            "target": row.target,
-            "tokens": [[token, decode([token])] for token in before.tokens.target],
-            "repaired": after.match == 1.0 and greedy,
-            "reason": reason,
-            "before": answer_data(self.net, before),
-            "after": answer_data(self.net, after),
+            "failures": [outcome_data(self.net, outcome) for outcome in done.outcomes],
+            "curve": [point_data(point) for point in (done.start, *done.points)],
+            "joint": point_data(done.joint) if done.joint else None,
         }
 
-    def _side(self, view: View) -> dict[str, Any]:
-        """Held-out rows of the task as the net answers them now; ``view`` is how it is asked."""
-        after = answers(self.net, view(self.rows.heldout), generate=False)
-        return {"heldout": heldout_data(self.net, after, self.held)}
+    def _side_effects(self, edit: Edit, failures: Sequence[Failure]) -> SideEffects:
+        return side_effects(self.net, edit, failures, self.rows.all, self.cell.measures.neighbours)
 
-    def _drifts(self, held: Sequence[tuple[dict[str, Any], Patch]]) -> list[tuple[dict[str, Any], Patch]]:
-        """Write the drift of patches, kind by kind, into their records; nothing is held any more afterwards."""
-        for kind, reference, _ in self.texts:
-            drifts = measure_drift(self.net, [patch for _, patch in held], reference) if held else []
+    def _drifts(self, held: Sequence[tuple[dict[str, Any], Edit]]) -> None:
+        """Write the drift of patches, kind by kind, into their records."""
+        for reference in self.references if held else ():
+            drifts = measure_drift(self.net, [patch for _, patch in held], reference)
             for (record, _), drift in zip(held, drifts, strict=True):
-                record.setdefault("drift", {})[kind] = drift_data(drift)
-        return []
+                record.setdefault("drift", {})[reference.name.split("@")[0]] = asdict(drift)
 
 
-def patched(net: Net, patch: Patch | None) -> AbstractContextManager[None]:
-    """The net with a patch, or as it is where there is none."""
-    return nullcontext() if patch is None else patch.on(net)
+def _size(reference: Reference) -> int:
+    return sum(map(len, reference.texts))
+
+
+def side_data(found: SideEffects) -> dict[str, Any]:
+    return {
+        "generalisation": {kind: effect_data(one) for kind, one in found.generalisation.items()},
+        "specificity": effect_data(found.specificity) if found.specificity else None,
+    }
 
 
 def solved_before(rows: Sequence[Failure], example: Failure) -> list[Failure]:
@@ -241,69 +291,16 @@ def solved_before(rows: Sequence[Failure], example: Failure) -> list[Failure]:
     ]
 
 
-def answer_data(net: Net, answer: Answer) -> dict[str, Any]:
-    """An answer, raw and scored. What is preferred is the target but for the ``mistakes``: [position, id, text]."""
-    decode = decoder(net)
-    said = [
-        [position, token, decode([token])]
-        for position, (token, wanted) in enumerate(zip(answer.preferred, answer.tokens.target, strict=True))
-        if token != wanted
-    ]
-    ((preferred, target),) = teacher_texts(net, [answer])
-    found: dict[str, Any] = {
-        "mistakes": said,
-        "rank": list(answer.rank),
-        "gap": [round(gap, 4) for gap in answer.gap],
-        "preferred": preferred,
-        "teacher": {"token_match": answer.match, **asdict(text_scores(preferred, target))},
-    }
-    for written, wanted in greedy_texts(net, [answer]):
-        found |= {"written_ids": list(answer.written or ()), "written": written}
-        found["greedy"] = asdict(text_scores(written, wanted))
-    return found
+def prompted_effects(net: Net, failure: Failure, pool: Sequence[Failure], cell: Cell) -> SideEffects:
+    """The side effects of the prompt yardstick: the same probes and neighbours, with the solved failure before them."""
 
+    def compare(rows: Sequence[Failure], generate: bool) -> Any:
+        before = answers(net, rows, generate)
+        after = answers(net, solved_before(rows, failure), generate)
+        return effect(before, [replace(new, tokens=old.tokens) for old, new in zip(before, after, strict=True)])
 
-def heldout_data(net: Net, found: Sequence[Answer], before: Sequence[Answer] | None = None) -> dict[str, Any] | None:
-    """Held-out rows under teacher forcing: shares, BLEU, and the preferred texts ([row, text]; all, or the changed)."""
-    if not found:
-        return None
-    pairs = teacher_texts(net, found)
-    tokens = sum(len(answer.tokens.target) for answer in found)
-    return {
-        "rows": len(found),
-        "token_match": sum(answer.right for answer in found) / tokens,
-        "exact_match": statistics.fmean(answer.match == 1.0 for answer in found),
-        "bleu": corpus_bleu([text for text, _ in pairs], [target for _, target in pairs]),
-        "preferred": [
-            [row, text]
-            for row, (text, _) in enumerate(pairs)
-            if before is None or before[row].preferred != found[row].preferred
-        ],
-    }
-
-
-def cost_data(one: Repair, memory: int | None) -> dict[str, Any]:
-    return {**asdict(one.cost), "peak_memory": memory}
-
-
-def patch_data(net: Net, patch: Patch | None) -> dict[str, Any]:
-    """How much of the model is changed; ``parameters`` counts the numbers in the changed neurons."""
-    if patch is None:
-        return {"layers": 0, "neurons": 0, "parameters": 0, "bytes": 0}
-    parameters = patch.neurons * net.hidden
-    return {"layers": patch.layers, "neurons": patch.neurons, "parameters": parameters, "bytes": patch.size}
-
-
-def drift_data(drift: Drift) -> dict[str, Any]:
-    return asdict(drift)
-
-
-def clean(value: Any) -> Any:
-    """Plain values for JSON: floats to DIGITS significant digits, None for what is no finite number."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    return value
+    example = next((row for row in pool if row.target.strip() != failure.target.strip()), None)
+    kinds = {kind: rows for kind, rows in probes(failure, example).items() if rows}
+    near = neighbours(failure, pool, cell.measures.neighbours)
+    generalisation = {kind: compare(rows, False) for kind, rows in kinds.items()}
+    return SideEffects(generalisation, compare(near, True) if near else None, 0)

@@ -19,7 +19,8 @@ from lmrepair.methods import METHODS, Method, method_named
 from lmrepair.targeting import Targeting
 from lmrepair.tomltable import Table, kind_name
 
-KINDS = ("alone", "together", "cumulative", "sparsity")
+KINDS = ("alone", "together", "cumulative", "sparsity", "grid")
+FORMATS = ("failures", "grid")
 PROMPT = "prompt"  # the yardstick that puts the answer into the prompt: no weights change
 EMBEDDED = "embedded"
 TARGETING = ("layers", "pattern", "share")
@@ -43,6 +44,7 @@ class DataSpec:
     file: str
     template: str | None = None
     heldout: str | None = None
+    format: str = "failures"
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured beside the failures: how many held-out rows, look-alike neighbours, steps of a curve."""
+    """What is measured beside the failures: how many held-out rows and look-alike neighbours, and of a
+    cumulative curve a point ``every`` so many repairs."""
 
     heldout: int = 20
     neighbours: int = 5
-    context: int = 1
-    points: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    every: int = 10
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,6 @@ class Cell:
         built = self.method.build(self.targeting, self.seed)
         made = {**asdict(self), "targeting": dict(self.targeting)}
         made["method"] = {**made["method"], "settings": built.settings() if built else {}}
-        made["measures"]["points"] = list(self.measures.points)
         made["drift"] = [asdict(spec) for spec in self.drift]
         return made
 
@@ -164,7 +165,10 @@ def _study(
     kind = table.text("kind", choices=KINDS, needed=True)
     failing = table.count("failing", None, least=1)
     models, data, methods = specs
-    chosen = (_chosen(table, "models", models), _chosen(table, "data", data), _chosen(table, "methods", methods))
+    fits = {name: spec for name, spec in data.items() if (spec.format == "grid") == (kind == "grid")}
+    chosen = (_chosen(table, "models", models), _chosen(table, "data", fits), _chosen(table, "methods", methods))
+    if not chosen[1]:
+        raise UsageError(f"{table.where}: no data for it; a study of kind 'grid' needs data with format = \"grid\"")
     own = table.listed("seeds", int, seeds)
     axes = {key: table.listed(key, str) for key in TARGETING}
     table.done()
@@ -224,15 +228,24 @@ def _data(table: Table) -> DataSpec:
     template = table.text("template")
     if template is not None:
         Template.parse(template)
-    spec = DataSpec(name, table.path("file", needed=True), template, table.path("heldout"))
+    spec = DataSpec(
+        name,
+        table.path("file", needed=True),
+        template,
+        table.path("heldout"),
+        table.text("format", "failures", FORMATS),
+    )
     table.done()
+    if spec.format == "grid" and (spec.template or spec.heldout):
+        raise UsageError(f"{table.where}: a grid of knowledge and wordings has no template and no held-out rows")
     return spec
 
 
 def _drift(table: Table) -> DriftSpec:
-    spec = DriftSpec(
-        table.text("kind", needed=True), table.path("file", EMBEDDED), table.count("tokens", 2048, least=16)
-    )
+    kind = table.text("kind", needed=True)
+    if not re.fullmatch(r"[\w -]+", kind):
+        raise UsageError(f"{table.where}: kind is {kind!r}; expected letters, digits, spaces, - and _")
+    spec = DriftSpec(kind, table.path("file", EMBEDDED), table.count("tokens", 2048, least=16))
     table.done()
     return spec
 
@@ -265,14 +278,10 @@ def _check_settings(settings: Mapping[str, Any], method: type[Method], where: st
 
 def _measures(table: Table) -> Measures:
     default = Measures()
-    points = table.listed("points", int, default.points)
-    if any(point < 1 for point in points):
-        raise UsageError(f"{table.where}: points is {points}; expected numbers of repairs, 1 or more")
     spec = Measures(
         table.count("heldout", default.heldout),
         table.count("neighbours", default.neighbours),
-        table.count("context", default.context),
-        tuple(sorted(points)),
+        table.count("every", default.every, least=1),
     )
     table.done()
     return spec

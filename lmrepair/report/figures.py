@@ -15,7 +15,7 @@ NAMES = {"star": "STAR", "mint": "MINT", "sgd": "SGD"}
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a failure's record and how it is shown. ``better``: 1 where more is better, −1 where less is; 0: neither."""
+    """A number of a failure's record and how it is shown. ``better``: 1 where more is, −1 where less is, 0: neither."""
 
     key: str
     title: str
@@ -123,7 +123,7 @@ def shown(found: Interval | None, measure: Measure) -> Shown:
     """A mean with its interval."""
     if found is None:
         return NOTHING
-    return Shown(number(found.mean, measure), f"{number(found.low, measure)} – {number(found.high, measure)}")
+    return Shown(number(found.mean, measure), f"{number(found.low, measure)} to {number(found.high, measure)}")
 
 
 def compared(found: Interval | None, measure: Measure) -> Shown:
@@ -131,7 +131,7 @@ def compared(found: Interval | None, measure: Measure) -> Shown:
     if found is None:
         return NOTHING
     signed = [f"{'+' if value > 0 else ''}{number(value, measure)}" for value in (found.mean, found.low, found.high)]
-    return Shown(signed[0], f"{signed[1]} – {signed[2]}", _stands(found.low, found.high, measure.better))
+    return Shown(signed[0], f"{signed[1]} to {signed[2]}", _stands(found.low, found.high, measure.better))
 
 
 def _stands(low: float, high: float, better: int) -> str:

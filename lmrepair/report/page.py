@@ -145,9 +145,11 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "side-effects",
             "Side effects",
             "Generalisation: other prompts that ask for the same target should improve. Specificity: look-alike rows "
-            "that want something else should stay as they are. Drift: what changes on reference text.",
+            "that want something else should stay as they are. In the grid rows share the knowledge asked for (they "
+            "should improve) and columns the wording (they should stay). Drift: what changes on reference text.",
             made(
                 ("Generalisation: change, in points of % and of probability", tables.generalisation(results)),
+                ("Grid: repair one cell, read the rest of its row and column", tables.knowledge(results)),
                 ("Specificity: look-alike neighbours, in %", tables.specificity(results)),
                 ("Drift: KL in nats per token, top tokens unchanged in %, perplexity", tables.drift(results)),
             ),
@@ -170,16 +172,24 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "cumulative",
             "Cumulative impact",
             "Repairs one after another on the same model, without going back; and all of them in one patch.",
-            made(("One patch for all failures", tables.together(results))),
-            drawn(*(plots.curves(results, *spec) for spec in CURVES)),
+            made(
+                ("After the last repair", tables.cumulative(results)),
+                ("One patch for all failures", tables.together(results)),
+            ),
+            drawn(*(plots.curves(results, *spec) for spec in (*CURVES, *_drift_curves(results)))),
         ),
     ]
+
+
+def _drift_curves(results: Sequence[Result]) -> list[tuple[Any, ...]]:
+    keys = {key for result in results for point in result.curve for key in point}
+    kinds = sorted(key.split(".")[1] for key in keys if key.startswith("drift.") and key.endswith(".kl"))
+    return [(f"drift.{kind}.kl", f"KL on {kind} text, nats/token", f"drift-{at}") for at, kind in enumerate(kinds)]
 
 
 CURVES: tuple[tuple[Any, ...], ...] = (
     ("holding", "repairs that still hold, %", "holding", 100.0),
     ("heldout.token_match", "held-out ExactMatch, %", "heldout", 100.0),
-    ("drift.kl", "KL on reference text, nats/token", "drift"),
 )
 
 

@@ -125,6 +125,8 @@ def pareto(results: Sequence[Result]) -> Plot | None:
                 fmt=colours[group.name][1], color=colours[group.name][0], label=group.name, capsize=2, elinewidth=1,
             )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(lambda *_: "")
         axis.set_xlabel(f"KL on {kinds[0]} text, nats/token")
         axis.set_ylabel("ExactMatch after, %")
 
@@ -167,11 +169,23 @@ def curves(results: Sequence[Result], key: str, label: str, name: str, scale: fl
             points = [point for point in group.first.curve if key in point]
             axis.plot([p["k"] for p in points], [p[key] * scale for p in points], color=colours[group.name][0],
                       marker=colours[group.name][1], markersize=4, label=group.name)  # fmt: skip
+            if "joint." + key in group.first.whole:
+                whole = group.first.whole
+                axis.plot([whole["joint.k"]], [whole["joint." + key] * scale], color=colours[group.name][0], ls="none",
+                          marker=colours[group.name][1], markersize=9, fillstyle="none")  # fmt: skip
         axis.set_xlabel("repairs so far")
         axis.set_ylabel(label)
 
     svg = _each(results, "cumulative", name, draw, height=2.7)
-    return Plot(svg, f"{label[0].upper()}{label[1:]}, after so many repairs one after another.") if svg else None
+    return (
+        Plot(
+            svg,
+            f"{label[0].upper()}{label[1:]}, after so many repairs one after another. "
+            "Large open marks: one solve of them all.",
+        )
+        if svg
+        else None
+    )
 
 
 def heat_maps(results: Sequence[Result]) -> list[Plot]:
@@ -224,12 +238,15 @@ def _heat(
             settings = group.first.settings
             row, column = layers.index(str(settings.get("layers", "1"))), shares.index(str(settings.get("share", "1")))
             grid[row][column] = found.mean * scale
-    mesh = axis.pcolormesh(grid, cmap=name, edgecolors="face", linewidth=0.2, alpha=0.9)
-    low, high = mesh.get_clim()
+    values = [value for line in grid for value in line if value == value]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if high - low < 1e-9:
+        low, high = low - 1, high + 1
+    axis.pcolormesh(grid, cmap=name, vmin=low, vmax=high, edgecolors="face", linewidth=0.2, alpha=0.9)
     for row, line in enumerate(grid):
         for column, value in enumerate(line):
             if value == value:
-                share = (value - low) / (high - low) if high > low else 0.5
+                share = (value - low) / (high - low)
                 dark = share < 0.55 if name == "viridis" else share > 0.45
                 text = f"{value:.1f}" if abs(value) >= 0.1 else f"{value:.2g}"
                 axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8.5,

@@ -109,7 +109,7 @@ def _result(record: Any) -> Result:
         seed=int(config["seed"]),
         error=said if status == "failed" else "",
         rows=tuple(_row(item) for item in record.get("failures", [])),
-        whole={**flat(record.get("together") or {}), **flat(record.get("heldout") or {}, "heldout_before.")},
+        whole={**flat(record.get("together") or {}), **flat(record.get("joint") or {}, "joint.")},
         curve=tuple(flat(point) for point in record.get("curve", [])),
         machine=dict(record.get("machine", {})),
         versions=dict(record.get("versions", {})),

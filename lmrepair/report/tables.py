@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmrepair.metrics import Interval
@@ -58,7 +58,7 @@ COST = (
     SECONDS,
     Measure("cost.forward_equivalents", "forward equivalents", 1, 1, "", -1),
     Measure("cost.steps", "steps", 1, 1, "", -1),
-    Measure("cost.peak_memory", "peak memory above the model", 1e-6, 0, " MB", -1),
+    Measure("cost.peak_memory", "peak memory above the model", 1e-6, 1, " MB", -1),
     Measure("patch.neurons", "neurons changed", 1, 0, "", -1),
     Measure("patch.parameters", "parameters changed", 1, 0, "", -1),
     Measure("patch.bytes", "patch", 1e-6, 2, " MB", -1),
@@ -143,7 +143,7 @@ def _multiple(found: Interval | None) -> Shown:
     if found is None:
         return NOTHING
     stands = "worse" if found.low > 1 else "better" if found.high < 1 else ""
-    return Shown(f"{found.mean:.2f} ×", f"{found.low:.2f} – {found.high:.2f}", stands)
+    return Shown(f"{found.mean:.2f} ×", f"{found.low:.2f} to {found.high:.2f}", stands)
 
 
 def drift_kinds(results: Sequence[Result]) -> list[str]:
@@ -193,6 +193,56 @@ def specificity(results: Sequence[Result]) -> Table | None:
     return _table(results, "alone", measures, measures[0])
 
 
+def knowledge(results: Sequence[Result]) -> Table | None:
+    """The grid of knowledge and wordings: a cell is repaired, the rest of its row and column are read."""
+    measures = (
+        REPAIRED,
+        Measure("grid.row.change.match", "row: ExactMatch, change", PERCENT),
+        Measure("grid.row.change.gap", "row: gap, change", 1, 3),
+        Measure("grid.row.change.reciprocal_rank", "row: 1/rank, change", 1, 3),
+        Measure("grid.column.change.match", "column: ExactMatch, change", PERCENT),
+        Measure("grid.column.change.gap", "column: gap, change", 1, 3),
+        Measure("grid.column.change.reciprocal_rank", "column: 1/rank, change", 1, 3),
+        Measure("grid.column.unchanged", "column: same token", PERCENT),
+        Measure("grid.elsewhere.unchanged", "elsewhere: same token", PERCENT),
+    )
+    return _table(results, "grid", measures, measures[1])
+
+
+def cumulative(results: Sequence[Result]) -> Table | None:
+    """The end of every curve, and one joint solve of the same failures beside it."""
+    kinds = sorted(
+        {key.split(".")[1] for r in results for point in r.curve for key in point if key.startswith("drift.")}
+    )
+    measures = [
+        Measure("k", "repairs", 1, 0),
+        Measure("repaired", "repaired at their turn", 1, 0),
+        Measure("holding", "of these still hold", PERCENT),
+        Measure("right", "of all right now", PERCENT),
+        Measure("heldout.token_match", "held-out ExactMatch", PERCENT),
+        Measure("heldout.teacher_bleu", "held-out BLEU", PERCENT),
+        *(Measure(f"drift.{kind}.kl", f"KL, {kind}", 1, 3) for kind in kinds),
+    ]
+    blocks = []
+    for key, members in by_group(results, "cumulative"):
+        rows: list[tuple[str, tuple[Shown, ...]]] = []
+        for group in groups(members):
+            first = group.first
+            if first.curve and not rows:
+                rows.append(("untouched model", tuple(_at(first.curve[0], m) for m in measures)))
+            if first.curve:
+                rows.append((f"{group.name}, one after another", tuple(_at(first.curve[-1], m) for m in measures)))
+            joint = {name.removeprefix("joint."): value for name, value in first.whole.items() if "joint." in name}
+            if joint:
+                rows.append((f"{group.name}, in one solve", tuple(_at(joint, m) for m in measures)))
+        blocks.append((place(key), tuple(rows)))
+    return Table(tuple(measure.title for measure in measures), tuple(blocks)) if blocks else None
+
+
+def _at(values: Mapping[str, float], measure: Measure) -> Shown:
+    return Shown(number(values[measure.key], measure)) if measure.key in values else NOTHING
+
+
 def sparsity(results: Sequence[Result]) -> Table | None:
     measures = [REPAIRED, MATCH, SECONDS]
     kinds = drift_kinds([result for result in results if result.study == "sparsity"])
@@ -230,7 +280,7 @@ def together(results: Sequence[Result]) -> Table | None:
             whole = group.first.whole
             figures = [Shown(str(len(group.first.rows)))]
             figures += [shown(group.mean(measure.key), measure) for measure in (REPAIRED, MATCH)]
-            figures += [Shown(number(whole[m.key], m)) if m.key in whole else NOTHING for m in single]
+            figures += [_at(whole, measure) for measure in single]
             rows.append((group.name, tuple(figures)))
         blocks.append((place(key), tuple(rows)))
     titles = ("failures", REPAIRED.title, MATCH.title, *(measure.title for measure in single))
@@ -278,7 +328,7 @@ def _multiple_inverse(found: Interval | None) -> Shown:
     if found is None:
         return NOTHING
     stands = "better" if found.low > 1 else "worse" if found.high < 1 else ""
-    return Shown(f"{found.mean:.2f} ×", f"{found.low:.2f} – {found.high:.2f}", stands)
+    return Shown(f"{found.mean:.2f} ×", f"{found.low:.2f} to {found.high:.2f}", stands)
 
 
 def _verdict(found: Interval | None, low: float, high: float, even: float) -> str:
