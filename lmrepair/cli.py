@@ -9,38 +9,42 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmrepair import render
+from lmrepair import render, render_measures
+from lmrepair.bars import progress_bars
 from lmrepair.errors import LmrepairError, UsageError
 from lmrepair.methods import DEFAULT, method_named
 from lmrepair.options import (
+    SHIPPED,
     Device,
     Dtype,
+    Evaluated,
     Failures,
+    GridFile,
+    HeldOut,
     Json,
+    Kinds,
     Limit,
     Model,
     ModelFolder,
+    NoTexts,
     Output,
     PatchFile,
     Seed,
     Text,
     Trust,
     Wrap,
+    read_references,
     with_method_options,
 )
 
 if TYPE_CHECKING:
-    from lmrepair.drift import Drift
     from lmrepair.failures import Failure
-    from lmrepair.loop import Progress, Repair
     from lmrepair.net import Net
 
 app = typer.Typer(
@@ -53,7 +57,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
-HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 
 
 def main() -> None:
@@ -145,6 +148,7 @@ def repair(
     target = output or (None if alone else Path(f"{failures.stem}.patch.safetensors"))
     _refuse_unwritable(target, alone)
     rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
+    from lmrepair.alone import repair_alone
     from lmrepair.diagnosis import diagnose as find
     from lmrepair.drift import read_reference
     from lmrepair.loop import repair as repair_together
@@ -152,9 +156,9 @@ def repair(
     text = read_reference(reference)
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
-    with _progress() as progress:
+    with progress_bars() as progress:
         if alone:
-            repairs, sizes, drifts, saved = _repair_alone(net, rows, chosen, text, target, progress)
+            repairs, sizes, drifts, saved = repair_alone(net, rows, chosen, text, target, progress)
         else:
             repairs = [repair_together(net, rows, chosen, text, progress)]
             patches = [one.patch for one in repairs if one.patch is not None]
@@ -167,41 +171,6 @@ def repair(
     data = render.repair_data(net.name, repairs, sizes, drifts, path, _decoder(net))
     _print(data, render.repair_text(data, _texts(rows), render.visible(text.name)), as_json)
     raise typer.Exit(0 if _all_right(data) else 1)
-
-
-def _repair_alone(
-    net: Net, rows: Sequence[Failure], chosen: Any, text: Any, target: Path | None, progress: Progress
-) -> tuple[list[Repair], list[render.PatchSize], list[Drift], bool]:
-    """Repair each failure alone; patches are measured and saved in groups, so that few are held at once."""
-    from lmrepair.drift import measure_drift
-    from lmrepair.loop import repair_each, with_drift
-
-    made: list[Repair] = []
-    sizes: list[render.PatchSize] = []
-    drifts: list[Drift] = []
-    held: list[Repair] = []
-    saved = 0
-    for one in repair_each(net, rows, chosen):
-        made.append(replace(one, patch=None))
-        progress("repairs", len(made), len(rows))
-        if one.patch is not None:
-            held.append(one)
-            sizes.append(render.PatchSize.of(one.patch))
-        if held and (len(made) == len(rows) or sum(size.bytes for size in sizes[-len(held) :]) > HELD):
-            patches = [item.patch for item in held if item.patch is not None]
-            found = measure_drift(net, patches, text, lambda done, total: progress("drift", done, total))
-            for item, drift in zip(held, found, strict=True):
-                patch = with_drift(item, drift, text).patch
-                if target is not None and item.repaired and patch is not None:
-                    saved += 1
-                    patch.save(target / f"{saved:04d}-{_file_name(item.outcomes[0].tokens.id)}.safetensors")
-            drifts += found
-            held = []
-    return made, sizes, drifts, saved > 0
-
-
-def _file_name(identity: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in identity)[:40]
 
 
 def _all_right(data: dict[str, Any]) -> bool:
@@ -224,6 +193,46 @@ def _refuse_unwritable(target: Path | None, folder: bool) -> None:
 
 
 app.command(name="repair")(with_method_options(repair))
+
+
+@app.command()
+def evaluate(
+    failures: Failures,
+    model: Model = None,
+    patch: Evaluated = None,
+    reference: Kinds = None,
+    held_out: HeldOut = None,
+    grid: GridFile = None,
+    no_texts: NoTexts = False,
+    template: Wrap = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on failures, and with --patch what the patch changes: effect, side effects, drift by kind."""
+    from lmrepair.failures import read_failures
+    from lmrepair.grid import read_grid
+    from lmrepair.measures import Material, measure
+    from lmrepair.patch import Patch
+
+    loaded = Patch.load(patch) if patch is not None else None
+    material = Material(
+        read_failures(failures, template, limit),
+        read_failures(held_out, template) if held_out is not None else (),
+        read_references(reference or []),
+        read_grid(None if grid == SHIPPED else grid) if grid is not None else None,
+    )
+    net = _load(model, device, dtype if loaded is None else _dtype(dtype, loaded), seed, trust)
+    if loaded is not None and loaded.is_applied(net):
+        loaded.revert(net)
+    with progress_bars() as progress:
+        found = measure(net, material, loaded, not no_texts, progress)
+    path = None if patch is None else str(patch)
+    data = render_measures.measures_data(net.name, found, material.grid, path)
+    _print(data, render_measures.measures_text(data), as_json)
 
 
 @app.command()
@@ -370,28 +379,6 @@ def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     else:
         for line in lines:
             print(line)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Bars on a terminal's standard error, nothing elsewhere."""
-    from lmrepair.loop import quiet
-
-    if not sys.stderr.isatty():
-        yield quiet
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmrepair.errors import UsageError
 from lmrepair.methods import METHODS
+
+if TYPE_CHECKING:
+    from lmrepair.drift import Reference
 
 Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
@@ -27,6 +31,37 @@ Wrap = Annotated[str | None, typer.Option("--template", help=r"Wraps raw pairs, 
 Text = Annotated[
     Path | None, typer.Option("--reference", help="Text to measure drift on: plain, or JSON lines with text.")
 ]
+Evaluated = Annotated[Path | None, typer.Option("--patch", help="Measure this patch on the model too.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--reference", metavar="KIND=FILE", help="Text to measure drift on, a kind at a time; repeatable."),
+]
+HeldOut = Annotated[
+    Path | None,
+    typer.Option("--held-out", help="Other rows of the task: overfitting, and neighbours that must stay."),
+]
+SHIPPED = "embedded"
+GridFile = Annotated[
+    str | None, typer.Option("--grid", metavar="FILE", help=f"A grid of side effects; {SHIPPED}: the one that ships.")
+]
+NoTexts = Annotated[
+    bool, typer.Option("--no-texts", help="Leave out BLEU, ROUGE-L, edit similarity (the extra bench brings them).")
+]
+
+
+def read_references(given: Sequence[str]) -> list[Reference]:
+    """The references that ``--reference KIND=FILE`` names, a file alone by its name; without any, those that ship."""
+    from lmrepair.drift import read_kinds, read_reference
+
+    found = []
+    for entry in given:
+        kind, sign, path = entry.partition("=")
+        if not sign:
+            kind, path = Path(entry).stem, entry
+        if not kind or not path:
+            raise UsageError(f"--reference {entry!r}: expected KIND=FILE, as in python=src.jsonl")
+        found.append(read_reference(path, kind))
+    return found or read_kinds()
 
 
 def with_method_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -41,9 +41,13 @@ ORDER = [
     "sideeffects",
     "grid",
     "cumulative",
+    "measures",
     "render",
+    "render_measures",
+    "alone",
     "demo",
     "options",
+    "bars",
     "cli",
     "__main__",
 ]
