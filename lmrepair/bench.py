@@ -32,7 +32,7 @@ class Planned:
     """A cell, the job that measures it, its file, what it is made from, and where it stands.
 
     ``state``: "done", or why it is to be run: "new", "stale" (made from something else), "failed" the
-    last time, "damaged". ``order`` is the cell's place in the grid, ``weight`` how many
+    last time, "damaged", "to be repeated". ``order`` is the cell's place in the grid, ``weight`` how many
     failures it may hold.
     """
 
@@ -70,8 +70,10 @@ def plan(
     device: str = "auto",
     threads: int = 0,
     only: str | None = None,
+    again: bool = False,
 ) -> list[Planned]:
-    """The cells of a grid with their state in the folder ``output``; ``only``: those with this in their name.
+    """The cells of a grid with their state in the folder ``output``; ``only``: those with this in their name;
+    ``again``: those that are done are to be run once more.
 
     Raises FailuresError for a data file that is missing, UsageError where no cell is left.
     """
@@ -84,7 +86,7 @@ def plan(
         file, config, inputs = output / f"{cell.name}.json", cell.config(), _inputs(job, hashed)
         weight = min(cell.failing or MANY, _lines(_data(job)))
         fresh = Planned(job, order, file, config, inputs, weight, "new")
-        found.append(replace(fresh, state=_state(file, fresh.digest)))
+        found.append(replace(fresh, state=_state(file, fresh.digest, again)))
     if not found:
         raise UsageError(f"no cell of {grid.name!r} has {only!r} in its name; cells: {grid.cells[0].name}, …")
     return found
@@ -114,7 +116,7 @@ def bench(
     failed: list[tuple[str, str]] = []
     deaths: Counter[str] = Counter()
     by_name = {item.cell.name: item for item in todo}
-    workers = _workers(executor, work, min(jobs, total))
+    workers = _workers(executor, work, min(jobs, total), todo)
     try:
         while queue or workers.busy:
             while queue and workers.free:
@@ -136,9 +138,9 @@ def bench(
     return Summary(total, len(planned) - total, tuple(failed))
 
 
-def _workers(executor: str, work: Work, count: int) -> Workers:
+def _workers(executor: str, work: Work, count: int, planned: Sequence[Planned]) -> Workers:
     if executor == "ray":
-        return RayActors(work, count)
+        return RayActors(work, count, on_gpu=planned[0].job.device != "cpu")
     if executor == "local":
         return Processes(work, count)
     raise UsageError(f"unknown executor {executor!r}; known: {', '.join(EXECUTORS)}")
@@ -168,7 +170,7 @@ def _write(grid: BenchGrid, item: Planned, ended: Ended) -> str:
     return f"{error['type']}: {error['message']}" if error else ""
 
 
-def _state(file: Path, digest: str) -> str:
+def _state(file: Path, digest: str, again: bool) -> str:
     try:
         record = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -179,7 +181,7 @@ def _state(file: Path, digest: str) -> str:
         return "damaged"
     if record.get("digest") != digest:
         return "stale"
-    return str(record["status"])
+    return "to be repeated" if again and record["status"] == "done" else str(record["status"])
 
 
 def _states(todo: Sequence[Planned]) -> str:

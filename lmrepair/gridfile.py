@@ -194,7 +194,7 @@ def _checked(cell: Cell, where: str) -> None:
     try:
         built = cell.method.build(cell.targeting, cell.seed)
         if built is not None:
-            Targeting(built.layers, built.pattern, built.share).check()
+            Targeting(**{key: getattr(built, key) for key in TARGETING if hasattr(built, key)}).check()
     except UsageError as error:
         raise UsageError(f"{where}, method {cell.method.name!r}: {error}") from error
 

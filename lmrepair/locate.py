@@ -11,7 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lmrepair.net import Batch, Net, Preference, Sites
-from lmrepair.targeting import Targeting, share_of
+from lmrepair.targeting import PATTERNS as PATTERNS
+from lmrepair.targeting import Targeting as Targeting
+from lmrepair.targeting import share_of as share_of
 
 
 def locate(net: Net, batches: Sequence[Batch], preference: Preference, targeting: Targeting) -> Sites:

@@ -124,10 +124,12 @@ class RayActors:
     for good. Whoever submits decides.
     """
 
-    def __init__(self, work: Work, count: int, gpus: float = 0.0) -> None:
+    def __init__(self, work: Work, count: int, on_gpu: bool = False) -> None:
         self._ray = _ray()
         if not self._ray.is_initialized():
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=False)
+        # Ray hides the GPUs from an actor that asks for none.
+        gpus = min(1.0, self._ray.cluster_resources().get("GPU", 0.0) / count) if on_gpu else 0.0
         made = self._ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
         self._idle: list[Any] = [made.remote(work) for _ in range(count)]
         self._running: dict[Any, tuple[Any, Any]] = {}

@@ -143,7 +143,7 @@ def _stands(low: float, high: float, better: int) -> str:
 def number(value: float, measure: Measure) -> str:
     """A value as text; very small ones with two significant digits."""
     scaled = value * measure.scale
-    if scaled != 0 and abs(scaled) < 10**-measure.digits / 2:
+    if abs(scaled) > 1e-9 and abs(scaled) < 10**-measure.digits / 2:
         text = f"{scaled:.1e}"
     else:
         text = f"{scaled:,.{measure.digits}f}"

@@ -11,11 +11,25 @@ from typing import Any
 from lmrepair.errors import UsageError
 from lmrepair.files import write_atomically
 from lmrepair.render import visible
-from lmrepair.report import plots, tables
 from lmrepair.report.figures import groups
-from lmrepair.report.plots import Plot
+from lmrepair.report.plots import Plot, costs, curves, heat_maps, pareto
 from lmrepair.report.results import Result, by_group, read_results
-from lmrepair.report.tables import Table, place
+from lmrepair.report.tables import (
+    Table,
+    cumulative,
+    drift,
+    effectiveness,
+    effectiveness_greedy,
+    efficiency,
+    generalisation,
+    knowledge,
+    overfitting,
+    place,
+    sparsity,
+    specificity,
+    stated,
+    together,
+)
 
 TOKEN_VIEWS = 20  # failures shown token by token, for each model and task
 
@@ -120,7 +134,7 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "What is stated, and what was found here",
             "arXiv 2503.12899 states that STAR improves ExactMatch on CoNaLa by 10.5 to 19.9 % over prior work and "
             "runs 2.4 to 7.0 times faster. A row compares one STAR with one MINT or SGD on the same failures.",
-            made(("STAR against MINT and SGD", tables.stated(results))),
+            made(("STAR against MINT and SGD", stated(results))),
         ),
         Section(
             "effectiveness",
@@ -129,8 +143,8 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "the model prefers, fed prompt and target so far; the other figures compare the preferred tokens, as "
             "text, with the target. In free greedy decoding the model reads its own output instead.",
             made(
-                ("Under teacher forcing, in %", tables.effectiveness(results)),
-                ("In free greedy decoding, in %", tables.effectiveness_greedy(results)),
+                ("Under teacher forcing, in %", effectiveness(results)),
+                ("In free greedy decoding, in %", effectiveness_greedy(results)),
             ),
         ),
         Section(
@@ -138,8 +152,8 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "Efficiency",
             "From the first diagnosis of a failure to the last teacher-forced check. A forward equivalent is the time "
             "of one plain forward pass over the same tokens in the same run.",
-            made(("Cost of one repair", tables.efficiency(results))),
-            drawn(plots.costs(results)),
+            made(("Cost of one repair", efficiency(results))),
+            drawn(costs(results)),
         ),
         Section(
             "side-effects",
@@ -148,35 +162,35 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "that want something else should stay as they are. In the grid rows share the knowledge asked for (they "
             "should improve) and columns the wording (they should stay). Drift: what changes on reference text.",
             made(
-                ("Generalisation: change, in points of % and of probability", tables.generalisation(results)),
-                ("Grid: repair one cell, read the rest of its row and column", tables.knowledge(results)),
-                ("Specificity: look-alike neighbours, in %", tables.specificity(results)),
-                ("Drift: KL in nats per token, top tokens unchanged in %, perplexity", tables.drift(results)),
+                ("Generalisation: change, in points of % and of probability", generalisation(results)),
+                ("Grid: repair one cell, read the rest of its row and column", knowledge(results)),
+                ("Specificity: look-alike neighbours, in %", specificity(results)),
+                ("Drift: KL in nats per token, top tokens unchanged in %, perplexity", drift(results)),
             ),
-            drawn(plots.pareto(results)),
+            drawn(pareto(results)),
         ),
         Section(
             "sparsity",
             "Sparsity",
             "The same repairs, allowed to write to a share of the layers and of their neurons.",
-            made(("Shares of layers and neurons", tables.sparsity(results))),
-            tuple(plots.heat_maps(results)),
+            made(("Shares of layers and neurons", sparsity(results))),
+            tuple(heat_maps(results)),
         ),
         Section(
             "overfitting",
             "Overfitting risk",
             "Rows of the same task that no repair saw, after each repair: the change against the untouched model.",
-            made(("Held-out rows: change, in points of %", tables.overfitting(results))),
+            made(("Held-out rows: change, in points of %", overfitting(results))),
         ),
         Section(
             "cumulative",
             "Cumulative impact",
             "Repairs one after another on the same model, without going back; and all of them in one patch.",
             made(
-                ("After the last repair", tables.cumulative(results)),
-                ("One patch for all failures", tables.together(results)),
+                ("After the last repair", cumulative(results)),
+                ("One patch for all failures", together(results)),
             ),
-            drawn(*(plots.curves(results, *spec) for spec in (*CURVES, *_drift_curves(results)))),
+            drawn(*(curves(results, *spec) for spec in (*CURVES, *_drift_curves(results)))),
         ),
     ]
 

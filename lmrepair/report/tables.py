@@ -257,9 +257,8 @@ def sparsity(results: Sequence[Result]) -> Table | None:
 
 
 def overfitting(results: Sequence[Result]) -> Table | None:
-    if not any("heldout.change.bleu" in row.values for result in results for row in result.rows):
-        return None
-    return _table(results, "alone", HELDOUT, HELDOUT[0])
+    measured = [r for r in results if r.study == "alone" and any("heldout.change.bleu" in row.values for row in r.rows)]
+    return _table(measured, "alone", HELDOUT, HELDOUT[0])
 
 
 def together(results: Sequence[Result]) -> Table | None:
