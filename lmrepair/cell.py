@@ -136,6 +136,9 @@ def _rows(net: Net, job: Job) -> Rows:
     count = min(cell.failing or len(failing), len(failing))
     if grid:
         return Rows([failing[at * len(failing) // count] for at in range(count)], everything, [], grid)
+    if cell.study in ("together", "cumulative"):
+        # No one model can give two targets for one prompt: of such rows the first is repaired.
+        failing = list({_asked(row): row for row in reversed(failing)}.values())[::-1]
     failing = failing[:count]
     source = everything if spec.heldout is None else read_failures(job.data / spec.heldout, spec.template)
     asked = {_asked(row) for row in failing}

@@ -93,15 +93,19 @@ class Processes:
         return ended
 
     def close(self) -> None:
-        for worker in (*self._idle, *(worker for worker, _ in self._running.values())):
+        for pool, ours in self._idle:
+            pool.shutdown()
+            ours.close()
+        for worker, _ in self._running.values():
             self._stop(worker)
         self._idle, self._running = [], {}
 
     @staticmethod
     def _stop(worker: tuple[ProcessPoolExecutor, Connection]) -> None:
+        """End a worker that may be in the middle of a job: its end of the pipe tells it."""
         pool, ours = worker
         ours.close()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _until_closed(theirs: Connection) -> None:
