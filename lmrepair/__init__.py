@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmrepair.failures import Failure, Template, read_failures
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
-    from lmrepair.methods import Method, Sgd, Star
+    from lmrepair.methods import FineTune, Lora, Method, Mint, Sgd, Star
     from lmrepair.net import Net
     from lmrepair.patch import Patch
 
@@ -35,7 +35,7 @@ _HOME = {
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
     "drift": ("Drift", "Reference", "measure_drift", "read_reference"),
-    "methods": ("Method", "Sgd", "Star"),
+    "methods": ("FineTune", "Lora", "Method", "Mint", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
@@ -47,8 +47,11 @@ __all__ = [
     "Drift",
     "Failure",
     "FailuresError",
+    "FineTune",
     "LmrepairError",
+    "Lora",
     "Method",
+    "Mint",
     "Mistake",
     "ModelError",
     "Net",

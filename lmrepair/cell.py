@@ -45,6 +45,7 @@ from lmrepair.records import (
 from lmrepair.sideeffects import SideEffects, effect, neighbours, probes, side_effects
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
+ROWS_AT_ONCE = 32
 SHORTEST = 32  # tokens that are read of each reference text, at least
 
 
@@ -129,21 +130,32 @@ def _rows(net: Net, job: Job) -> Rows:
     path = data_file(job, spec.file, f"{spec.format}.jsonl")
     grid = read_grid(path) if spec.format == "grid" else None
     everything = list(grid.cells) if grid else read_failures(path, spec.template)
-    found = diagnose(net, everything)
-    failing = [row for row, item in zip(everything, found, strict=True) if item.mistakes]
-    if not failing:
-        raise FailuresError(f"{spec.file}: the model makes no mistake on any of its {len(everything)} rows")
-    count = min(cell.failing or len(failing), len(failing))
     if grid:
+        failing = _failing(net, everything, len(everything), spec.file)
+        count = min(cell.failing or len(failing), len(failing))
         return Rows([failing[at * len(failing) // count] for at in range(count)], everything, [], grid)
+    candidates = everything
     if cell.study in ("together", "cumulative"):
         # No one model can give two targets for one prompt: of such rows the first is repaired.
-        failing = list({_asked(row): row for row in reversed(failing)}.values())[::-1]
-    failing = failing[:count]
+        candidates = list({_asked(row): row for row in reversed(everything)}.values())[::-1]
+    failing = _failing(net, candidates, cell.failing or len(everything), spec.file)
     source = everything if spec.heldout is None else read_failures(job.data / spec.heldout, spec.template)
     asked = {_asked(row) for row in failing}
     heldout = [row for row in source if _asked(row) not in asked]
     return Rows(failing, everything, heldout[: cell.measures.heldout])
+
+
+def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Failure]:
+    """The first rows that the model makes a mistake on, read a few at a time."""
+    failing: list[Failure] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        failing += [row for row, item in zip(part, diagnose(net, part), strict=True) if item.mistakes]
+        if len(failing) >= most:
+            return failing[:most]
+    if not failing:
+        raise FailuresError(f"{file}: the model makes no mistake on any of its {len(rows)} rows")
+    return failing
 
 
 def _asked(row: Failure) -> str:

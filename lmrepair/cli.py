@@ -18,7 +18,7 @@ import typer
 from lmrepair import render, render_measures, studies
 from lmrepair.bars import progress_bars
 from lmrepair.errors import LmrepairError, UsageError
-from lmrepair.methods import DEFAULT, method_named
+from lmrepair.methods import DEFAULT
 from lmrepair.options import (
     SHIPPED,
     Device,
@@ -39,6 +39,7 @@ from lmrepair.options import (
     Text,
     Trust,
     Wrap,
+    chosen_method,
     read_references,
     with_method_options,
 )
@@ -144,7 +145,7 @@ def repair(
     **settings: Any,
 ) -> None:
     """Repair a model's failures and save the patch: locate the neurons, solve, check, measure the drift."""
-    chosen = method_named(method, preset, **{key: value for key, value in settings.items() if value is not None})
+    chosen = chosen_method(method, preset, seed, settings)
     target = output or (None if alone else Path(f"{failures.stem}.patch.safetensors"))
     _refuse_unwritable(target, alone)
     rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,12 @@ from lmrepair.drift import Drift, Reference, measure_drift, read_reference
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
-from lmrepair.locate import locate
 from lmrepair.methods import Method, Problem, Star
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
-from lmrepair.targeting import Targeting
 from lmrepair.trial import Change, Trial
 
-ROUNDS = 10  # at most, over the failures of one patch, where they are solved one after another
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
@@ -198,8 +196,7 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
         before = diagnoses(batches, preference)
         if not any(item.mistakes for item in before):
             return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
-        targeting = Targeting(method.layers, method.pattern, method.share)
-        sites = locate(net, batches, preference, targeting)
+        sites = method.sites(net, batches, preference)
         with Trial(net, sites) as trial:
             solver = _Solver(net, method, bases, sites, trial, progress)
             solver.solve(tokens, before)
@@ -237,12 +234,10 @@ def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str
         if not failed:
             return (
                 f"right before, but {count} of {total} positions are mistaken with the patch; "
-                "leave it out or try a smaller share"
+                "leave it out, or repair the failures --alone"
             )
-        return (
-            f"{count} of {total} positions are still mistaken after {method.epochs} epochs; "
-            "try more epochs, a larger share or learning rate, or repair it --alone"
-        )
+        spent = f"after {method.epochs} epochs" + (" for each, which were undone" if method.undoes else "")
+        return f"{count} of {total} positions are still mistaken {spent}; {method.advice}"
     return "" if greedy else "preferred at every position, but greedy decoding gives another text; try a larger margin"
 
 
@@ -266,8 +261,10 @@ class _Solver:
     def __init__(self, net: Net, method: Method, bases: Bases, sites: Sites, trial: Trial, progress: Progress) -> None:
         self.net, self.method, self.sites, self.trial, self.progress = net, method, sites, trial, progress
         self.bases = Bases.of(net, gain=True) if getattr(method, "gain", False) else bases
+        # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
         self.deltas: Mapping[int, Tensor] = {
-            layer: torch.zeros(len(columns), net.hidden, device=net.device) for layer, columns in sites.columns.items()
+            layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
+            for layer, columns in sites.columns.items()
         }
         self.steps = 0
         self.converged = False  # whether the last problem ended because nothing was left to do
@@ -280,7 +277,8 @@ class _Solver:
         work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
         batches = self.net.batches(tokens)
         best, kept = -1, self.deltas
-        for _ in range(ROUNDS if self.method.early else 1):
+        for _ in range(self.method.rounds if self.method.early else 1):
+            start = self.deltas
             for number, item in enumerate(found):
                 self.progress("failures", number, len(found))
                 if item.mistakes:
@@ -292,6 +290,8 @@ class _Solver:
             self.converged = self.method.early and right == len(found)
             if self.converged:
                 return
+            if self.deltas is start:  # another round would do the same again
+                break
         self.deltas = kept
         self.trial.write(kept)
 
@@ -301,7 +301,7 @@ class _Solver:
     def _iterate(self, tokens: Tokens) -> None:
         """One mistake after another, in the order of the target."""
         batches = self.net.batches([tokens])
-        position = 0
+        position, memory = 0, None
         while position < len(tokens.target):
             (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
             ahead = [mistake.position for mistake in found.mistakes if mistake.position >= position]
@@ -309,18 +309,21 @@ class _Solver:
                 return
             focus = torch.zeros(len(tokens.target), dtype=torch.bool, device=self.net.device)
             focus[ahead[0]] = True
-            self._run(batches, focus)
+            memory = self._run(batches, focus, memory)
             position = ahead[0] + 1
 
-    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None) -> None:
-        """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays."""
+    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None) -> Any:
+        """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays.
+
+        ``earlier`` is what the method remembers of the problem before; what it remembers now is returned.
+        """
         method = self.method
         margin = method.margin if method.early else None
         rows = sum(len(batch.rows) for batch in batches)
         everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
         several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
         start = self.deltas
-        best, kept, memory = -1, start, None
+        best, kept, memory = -1, start, earlier
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
             reading = method.read(self.net, batches, self.sites, focus, margin)
@@ -330,7 +333,7 @@ class _Solver:
                     best, kept = right, self.deltas
             self.converged = reading.done
             if self.converged:
-                return
+                return memory
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
                 self.deltas, self.bases, step, memory,
@@ -340,7 +343,7 @@ class _Solver:
             self.trial.write(self.deltas)
             self.steps += 1
         if not several and not method.undoes:
-            return
+            return memory
         now = self.net.prefer(batches)
         if method.undoes:
             kept, worse = start, not now.holds(focus, method.margin)
@@ -349,6 +352,7 @@ class _Solver:
         if worse:
             self.deltas = kept
             self.trial.write(kept)
+        return earlier if worse and method.undoes else memory
 
     def check(self, tokens: Sequence[Tokens]) -> tuple[list[Diagnosis], list[bool]]:
         """Teacher-forced diagnosis of the patched net, and whether greedy decoding gives each target."""

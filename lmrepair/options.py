@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmrepair.errors import UsageError
-from lmrepair.methods import METHODS
+from lmrepair.methods import METHODS, Method, method_named
 
 if TYPE_CHECKING:
     from lmrepair.drift import Reference
@@ -98,6 +98,14 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def chosen_method(name: str, preset: str | None, seed: int, settings: Mapping[str, Any]) -> Method:
+    """The method that the options name; what was not given (None) is as its preset or its defaults say."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    method = method_named(name, preset, **given)
+    random: dict[str, Any] = {"seed": seed}
+    return replace(method, **random) if hasattr(method, "seed") else method
+
+
 def _settings() -> dict[str, Any]:
     """Field → typer annotation, over all methods; the help gives each method's own default."""
     kinds = {"int": int, "float": float, "bool": bool, "str": str}
@@ -105,6 +113,8 @@ def _settings() -> dict[str, Any]:
     texts: dict[str, tuple[str, str]] = {}
     for method in METHODS.values():
         for spec in fields(method):
+            if spec.name == "seed":  # one option for everything random
+                continue
             choices = f": {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
             texts.setdefault(spec.name, (str(spec.type), spec.metadata["help"] + choices))
             defaults.setdefault(spec.name, []).append(f"{method.name} {spec.default}")

@@ -72,6 +72,10 @@ def star_step(p: Tensor, g: Tensor, rate: float) -> Tensor:
 
 def sgd_steps(model: Any, at: Sequence[int], sequences: Sequences, rate: float, steps: int) -> dict[int, Tensor]:
     """Layer → change [m, d] of its FFN output projection after plain SGD on the mean cross-entropy."""
+    return _optimised(model, at, sequences, steps, lambda weights: torch.optim.SGD(weights, lr=rate))
+
+
+def _optimised(model: Any, at: Sequence[int], sequences: Sequences, steps: int, make: Any) -> dict[int, Tensor]:
     twin = _twin(model)
     weights = {layer: _matrices(twin)[layer].weight for layer in at}
     for parameter in twin.parameters():
@@ -79,7 +83,7 @@ def sgd_steps(model: Any, at: Sequence[int], sequences: Sequences, rate: float, 
     for weight in weights.values():
         weight.requires_grad_(True)
     start = {layer: weight.detach().clone() for layer, weight in weights.items()}
-    optimiser = torch.optim.SGD(list(weights.values()), lr=rate)
+    optimiser = make(list(weights.values()))
     for _ in range(steps):
         optimiser.zero_grad()
         _mean_loss(twin, sequences).backward()
@@ -88,6 +92,67 @@ def sgd_steps(model: Any, at: Sequence[int], sequences: Sequences, rate: float, 
         layer: _neuron_major(_matrices(twin)[layer], weight.detach() - start[layer])
         for layer, weight in weights.items()
     }
+
+
+def mint_steps(
+    model: Any,
+    prompt: Sequence[int],
+    target: Sequence[int],
+    position: int,
+    factor: float,
+    patches: int,
+    variant: str = "delta",
+    used: Sequence[Tensor] = (),
+) -> list[tuple[list[tuple[int, int]], tuple[int, int], float, dict[int, Tensor]]]:
+    """MINT on one mistake, patch by patch: (candidates, winner, its p(said) − p(wanted), layer → change [m, d]).
+
+    Each drift is made orthogonal to the ``used`` ones by least squares.
+    """
+    twin, wanted = _twin(model).requires_grad_(False), target[position]
+    stored = [matrix.weight if type(matrix).__name__ == "Conv1D" else matrix.weight.T for matrix in _matrices(twin)]
+    start = [weight.clone() for weight in stored]
+    table = bases(twin.get_output_embeddings().weight)
+    count = len(stored)
+
+    def chances() -> Tensor:
+        return twin(input_ids=torch.tensor([[*prompt, *target[:position]]])).logits[0, -1].softmax(0)
+
+    scores = {}
+    for layer in range(count // 2, count):
+        found = gradient_times_activation(twin, layer, prompt, target, [(position, 0)])[0]
+        scores.update({(layer, neuron): abs(float(value)) for neuron, value in enumerate(found)})
+    candidates = sorted(scores, key=lambda place: -scores[place])[:10]
+    made = []
+    for _ in range(patches):
+        others = chances()
+        others[wanted] = -1.0
+        said = int(others.argmax())
+        outcomes = {}
+        for layer, neuron in candidates:
+            at = (layer + 1) / count
+            drift = at * (table[wanted] - table[said])
+            if variant == "basis":
+                drift = at * table[wanted] + (1 - at) * twin.get_input_embeddings().weight[prompt[-1]]
+            if used:
+                rows = torch.stack(list(used)).T
+                drift = drift - rows @ (torch.linalg.pinv(rows) @ drift)
+            drift = drift / (max(drift.tolist()) - min(drift.tolist()))
+            kept = stored[layer][neuron].clone()
+            moved = (kept + factor * drift) / (1 + factor)
+            stored[layer][neuron] = moved
+            now = chances()
+            outcomes[layer, neuron] = (float(now[said] - now[wanted]), moved)
+            stored[layer][neuron] = kept
+        winner = min(outcomes, key=lambda place: outcomes[place][0])
+        stored[winner[0]][winner[1]] = outcomes[winner][1]
+        changes = {layer: stored[layer] - start[layer] for layer in range(count)}
+        made.append((candidates, winner, outcomes[winner][0], changes))
+    return made
+
+
+def adam_steps(model: Any, at: Sequence[int], sequences: Sequences, rate: float, steps: int) -> dict[int, Tensor]:
+    """Layer → change [m, d] of its FFN output projection after torch's own Adam on the mean cross-entropy."""
+    return _optimised(model, at, sequences, steps, lambda weights: torch.optim.Adam(weights, lr=rate))
 
 
 # --- what a model does ----------------------------------------------------------------------------

@@ -263,3 +263,11 @@ def test_ctrl_c_leaves_no_patch_and_says_so(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert err == "lmrepair: error: interrupted; the model is as it was\n"
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_one_seed_reaches_the_methods_that_draw() -> None:
+    from lmrepair.options import chosen_method
+
+    assert chosen_method("lora", None, 7, {"rank": None}).settings()["seed"] == 7
+    assert chosen_method("mint", "paper", 3, {"factor": 0.1}).settings().items() >= {"seed": 3, "factor": 0.1}.items()
+    assert "seed" not in chosen_method("star", None, 7, {}).settings()

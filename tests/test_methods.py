@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from fractions import Fraction
 from typing import Any
 
 import oracle
@@ -11,10 +14,23 @@ import torch
 from oracle_models import FAILURES, State
 from torch import Tensor
 
-from lmrepair import Method, Net, Reference, Sgd, Star, UsageError, repair, repair_each
+from lmrepair import (
+    Failure,
+    FineTune,
+    Lora,
+    Method,
+    Mint,
+    Net,
+    Reference,
+    Sgd,
+    Star,
+    UsageError,
+    diagnose,
+    repair,
+    repair_each,
+)
 from lmrepair.basis import Bases
-from lmrepair.locate import Targeting, locate
-from lmrepair.methods import METHODS, Problem, method_named
+from lmrepair.methods import METHODS, Problem, Targeted, method_named
 from lmrepair.net import settled
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
@@ -28,8 +44,26 @@ TABLE: dict[str, Method] = {
     "star, one layer": Star(learning_rate=0.1, epochs=300, layers="one", share="1"),
     "star, global": Star(learning_rate=0.1, epochs=200, pattern="global"),
     "star, layer": Star(learning_rate=0.1, epochs=300, pattern="layer", share="1"),
+    "mint": Mint(factor=0.1),
+    "mint, basis": Mint(factor=0.3, variant="basis"),
+    "mint, activation": Mint(factor=0.1, neurons="activation"),
+    "mint, random": Mint(factor=0.3, neurons="random", epochs=30),
+    "mint, orthogonal": Mint(factor=0.1, orthogonal=True),
     "sgd": Sgd(learning_rate=0.3, epochs=300, early=True),
+    "finetune": FineTune(learning_rate=0.01),
+    "finetune, iterative": FineTune(learning_rate=0.01, mode="iterative"),
+    "lora": Lora(learning_rate=0.02),
+    "lora, batch": Lora(learning_rate=0.02, mode="batch"),
 }
+# Everything with targeting flags, under each of them.
+TARGETED = [name for name, kind in METHODS.items() if issubclass(kind, Targeted)]
+TARGETS: list[dict[str, str]] = [
+    {"layers": "one"},
+    {"layers": "1/2", "share": "1/4"},
+    {"pattern": "global", "share": "1/16"},
+    {"pattern": "layer", "share": "1/4"},
+    {"pattern": "even", "share": "1/64"},
+]
 
 
 def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = len(FAILURES)) -> Problem:
@@ -37,12 +71,23 @@ def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = 
     batches = net.batches(net.tokenize(FAILURES[:count]))
     with settled(net.model):
         preference = net.prefer(batches)
-        sites = locate(net, batches, preference, Targeting(method.layers, method.pattern, method.share))
-        reading = net.read(batches, sites, focus)
+        sites = method.sites(net, batches, preference)
+        reading = method.read(net, batches, sites, focus, None)
     everywhere = torch.ones(len(preference.gap), dtype=torch.bool)
     zeros = {layer: torch.zeros(len(columns), net.hidden) for layer, columns in sites.columns.items()}
     bases = Bases.of(net, getattr(method, "gain", False))
     return Problem(net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0)
+
+
+def near_miss(net: Net) -> Failure:
+    """A failure whose target is the token that the net prefers next after its best."""
+    for prompt in ("open", "sum of", "list:", "say", "def"):
+        ids = net.tokenizer(prompt)["input_ids"]
+        second = int(oracle.logits(net.model, ids)[-1].argsort(descending=True)[1])
+        failure = Failure(prompt, str(net.tokenizer.decode([second])), "near")
+        if second > 1 and net.tokenize([failure])[0].target == (second,):
+            return failure
+    raise AssertionError("no prompt whose second-best token is a text of its own")
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
@@ -50,8 +95,10 @@ def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = 
 def test_every_method_repairs_and_leaves_nothing_half_done(name: str, kind: str) -> None:
     net = oracle_models.net(kind)
     before = State.of(net)
-    # One mistake after another, a tiny model takes two failures for a tug of war.
-    result = repair(net, FAILURES[: 1 if TABLE[name].mode == "iterative" else 2], TABLE[name], TEXT)
+    # One mistake after another, a tiny model takes two failures for a tug of war; ten neurons of its 144
+    # are too few for more than one token.
+    failures = FAILURES[: 1 if TABLE[name].mode == "iterative" else 2]
+    result = repair(net, [near_miss(net)] if TABLE[name].undoes else failures, TABLE[name], TEXT)
     assert result.repaired == result.failing > 0
     assert result.patch is not None
     for outcome, made in zip(result.outcomes, net.generate([o.tokens for o in result.outcomes]), strict=True):
@@ -65,14 +112,80 @@ def test_every_method_repairs_and_leaves_nothing_half_done(name: str, kind: str)
 def test_every_method_gives_whole_finite_deltas_and_touches_nothing(name: str) -> None:
     net = oracle_models.net()
     before = State.of(net)
-    given = problem(net, TABLE[name])
+    focus = None
+    if TABLE[name].mode == "iterative":  # its problems are about one position
+        focus = torch.zeros(sum(len(item.target) for item in net.tokenize(FAILURES)), dtype=torch.bool)
+        focus[0] = True
+    given = problem(net, TABLE[name], focus)
+    random = torch.random.get_rng_state()
     first, again = TABLE[name].solve(given), TABLE[name].solve(given)
     for layer, columns in given.sites.columns.items():
         assert first.deltas[layer].shape == (len(columns), net.hidden)
         assert first.deltas[layer].dtype == torch.float32
         assert bool(first.deltas[layer].isfinite().all())
         assert torch.equal(first.deltas[layer], again.deltas[layer])
+    assert any(bool(delta.any()) for delta in first.deltas.values())
+    assert torch.equal(torch.random.get_rng_state(), random)
     assert not before.changed(net)
+    # So is a second step, from what the first one left.
+    then = dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=1)
+    second, again = TABLE[name].solve(then), TABLE[name].solve(then)
+    assert all(torch.equal(second.deltas[layer], again.deltas[layer]) for layer in given.sites.layers)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("name", TARGETED)
+def test_targeting_says_where_every_targeted_method_writes(name: str, target: dict[str, str]) -> None:
+    """Repaired or honestly not, the patch stays where the flags say, and the net is as it was."""
+    net = oracle_models.net()
+    before = State.of(net)
+    method = dataclasses.replace(TABLE[name], **target)
+    (result,) = repair_each(net, FAILURES[:1], method)
+    assert not before.changed(net)
+    assert result.patch is not None
+    count = 1 if target.get("layers") == "one" or target.get("pattern") == "layer" else 2 if "layers" in target else 3
+    share = Fraction(target.get("share", "1"))
+    most = (
+        math.ceil(share * oracle_models.WIDTH) * count
+        if target.get("pattern") != "global"
+        else math.ceil(share * oracle_models.WIDTH * count)
+    )
+    assert 0 < result.patch.layers <= count
+    assert 0 < result.patch.neurons <= most
+    (outcome,) = result.outcomes
+    with result.patch.on(net):
+        (found,) = diagnose(net, FAILURES[:1])
+    assert found.mistakes == outcome.after
+    assert outcome.repaired == (not found.mistakes) == (not outcome.reason)
+    assert not before.changed(net)
+
+
+def test_mint_has_no_targeting_flags() -> None:
+    for setting, value in (("layers", "1/2"), ("pattern", "even"), ("share", "1/4")):
+        with pytest.raises(UsageError, match=f"method 'mint' has no setting '{setting}'"):
+            method_named("mint", **{setting: value})
+    with pytest.raises(UsageError, match="mode 'batch' is unknown; known: iterative"):
+        method_named("mint", mode="batch")
+
+
+@pytest.mark.parametrize("name", ["sgd", "finetune", "lora"])
+def test_a_margin_that_no_step_would_look_at_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="set --early"):
+        method_named(name, early=False, margin=1.0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "finetune", "lora", "star"])
+def test_a_margin_holds_at_every_position(name: str) -> None:
+    net = oracle_models.net()
+    gaps = []
+    for margin in (0.0, 2.0):
+        (result,) = repair_each(net, FAILURES[:1], dataclasses.replace(TABLE[name], margin=margin, early=True))
+        assert result.patch is not None
+        assert result.repaired == 1
+        with result.patch.on(net):
+            gaps.append(float(net.prefer(net.batches(net.tokenize(FAILURES[:1]))).gap.max()))
+    assert gaps[0] < 0
+    assert gaps[1] < -2
 
 
 def test_every_registered_method_is_in_the_table() -> None:
@@ -176,6 +289,14 @@ def test_settings_that_do_not_exist_are_refused() -> None:
         ("star", None, {"name": "x"}, "no setting 'name'"),
         ("star", None, {"mode": "multi"}, "mode 'multi' is unknown"),
         ("star", None, {"epochs": 0}, "at least 1"),
+        ("star", None, {"rounds": 0}, "at least 1"),
+        ("star", None, {"learning_rate": -0.1}, "above 0"),
+        ("sgd", None, {"learning_rate": float("nan")}, "above 0"),
+        ("finetune", None, {"learning_rate": float("inf")}, "above 0"),
+        ("mint", None, {"factor": 0.0}, "above 0"),
+        ("mint", None, {"candidates": 0}, "at least 1"),
+        ("mint", None, {"neurons": "attributions"}, "neurons 'attributions' is unknown"),
+        ("lora", None, {"rank": 0}, "at least 1"),
         ("star", None, {"margin": float("nan")}, "margin"),
     ]
     for name, preset, settings, said in cases:

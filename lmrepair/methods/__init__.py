@@ -5,14 +5,30 @@ from __future__ import annotations
 from dataclasses import fields
 
 from lmrepair.errors import UsageError, nearest
-from lmrepair.methods.base import Method, Problem, Step
+from lmrepair.methods.base import Method, Problem, Step, Targeted
+from lmrepair.methods.finetune import FineTune
+from lmrepair.methods.lora import Lora
+from lmrepair.methods.mint import Mint
 from lmrepair.methods.sgd import Sgd
 from lmrepair.methods.star import Star
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, Sgd)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, Mint, Sgd, FineTune, Lora)}
 DEFAULT = Star.name
 
-__all__ = ["DEFAULT", "METHODS", "Method", "Problem", "Sgd", "Star", "Step", "method_named"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "FineTune",
+    "Lora",
+    "Method",
+    "Mint",
+    "Problem",
+    "Sgd",
+    "Star",
+    "Step",
+    "Targeted",
+    "method_named",
+]
 
 
 def method_named(name: str, preset: str | None = None, /, **settings: object) -> Method:

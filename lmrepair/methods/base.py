@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.basis import Bases
-    from lmrepair.net import Batch, Net, Reading, Sites
+    from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
 
@@ -28,7 +28,8 @@ class Problem:
     """One step's input: the failures as read now, where to write, and the change so far.
 
     ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
-    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left.
+    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left (at step 0,
+    what the mistake before left, where mistakes of one failure follow each other).
     """
 
     net: Net
@@ -50,9 +51,12 @@ class Step:
     memory: Any = None
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the help and the choices that its command-line option shows."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def setting(default: Any, text: str, choices: tuple[str, ...] = (), positive: bool = False) -> Any:
+    """A dataclass field with the help and the choices that its command-line option shows.
+
+    A ``positive`` number must be above 0 (a whole one at least 1) and finite.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "positive": positive})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +66,23 @@ class Method(ABC):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     undoes: ClassVar[bool] = False  # whether a problem that is not solved after ``epochs`` steps is left as it was
+    advice: ClassVar[str] = "try more epochs, a larger share or learning rate, or repair it --alone"
 
-    epochs: int = setting(10, "most steps for one problem")
+    epochs: int = setting(10, "most steps for one problem", positive=True)
+    rounds: int = setting(10, "most rounds over failures worked on in turn (one without --early)", positive=True)
     early: bool = setting(True, "stop as soon as every position is preferred")
     margin: float = setting(0.0, "by how many logits a position must be preferred to count as done")
     mode: str = setting("multi-failure", "what one problem holds", MODES)
-    layers: str = setting("1", "share of layers to write to, by the loss with their FFN skipped: one, or 1/4, 1/2, …")
-    pattern: str = setting("even", "where neurons are chosen", PATTERNS)
-    share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             value, choices = getattr(self, spec.name), spec.metadata.get("choices")
             if choices and value not in choices:
                 raise UsageError(f"{spec.name} {value!r} is unknown; known: {', '.join(choices)}")
-        if self.epochs < 1:
-            raise UsageError(f"epochs is {self.epochs}; expected at least 1")
+            if spec.metadata.get("positive") and not 0 < value < float("inf"):
+                raise UsageError(
+                    f"{spec.name} is {value}; expected {'at least 1' if spec.type == 'int' else 'a number above 0'}"
+                )
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"margin is {self.margin}; expected a number of logits, 0 or more")
 
@@ -91,6 +96,10 @@ class Method(ABC):
         """
         return net.read(batches, sites, focus, margin)
 
+    def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:  # noqa: ARG002
+        """The neurons that may be written to, chosen once, from what is preferred before the repair."""
+        return net.every_site()
+
     @abstractmethod
     def solve(self, problem: Problem) -> Step:
         """The change after one more step."""
@@ -98,3 +107,26 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The fields as plain values, as a patch records them."""
         return {spec.name: getattr(self, spec.name) for spec in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targeted(Method):
+    """A method that writes to a share of the layers and neurons, the ones with most to do with the mistakes."""
+
+    layers: str = setting("1", "share of layers to write to, by the loss with their FFN skipped: one, or 1/4, 1/2, …")
+    pattern: str = setting("even", "where neurons are chosen", PATTERNS)
+    share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
+
+    def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:
+        from lmrepair.locate import Targeting, locate
+
+        return locate(net, batches, preference, Targeting(self.layers, self.pattern, self.share))
+
+
+def margin_needs_early(method: Method) -> None:
+    """Refuse a margin that no step would look at. Raises UsageError."""
+    if method.margin and not method.early:
+        raise UsageError(
+            f"margin is {method.margin} but every one of the {method.epochs} steps is to be made, whatever is "
+            "preferred; set --early (early=True), or leave the margin out"
+        )

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmrepair.methods.base import Method, Problem, Step, setting
+from lmrepair.methods.base import Problem, Step, Targeted, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Star(Method):
+class Star(Targeted):
     """Magnitude from the analysis, sign from the gradient.
 
     The prior P is the least change of the chosen neurons that moves the FFN output by the steer at
@@ -24,8 +24,8 @@ class Star(Method):
                   "layers": "1", "pattern": "even", "share": "1", "gain": False},
     }  # fmt: skip
 
-    learning_rate: float = setting(0.03, "share of the prior (or the gradient) that one step takes")
-    epochs: int = setting(60, "most steps for one problem")
+    learning_rate: float = setting(0.03, "share of the prior (or the gradient) that one step takes", positive=True)
+    epochs: int = setting(60, "most steps for one problem", positive=True)
     share: str = setting("1/4", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
     gain: bool = setting(False, "fold the final norm's gain into the semantic bases")
 

@@ -1,0 +1,119 @@
+"""LoRA on the FFN output projections, with PEFT, until the failures are repaired: a yardstick.
+
+The adapters are PEFT's, on a stand-in: one bare linear map for each layer, [k] → [d], with no weights of
+its own. The stand-in's delta weight is what is written to the model, and the model's gradient with
+respect to its weights is carried back through that delta weight to A and B (the chain rule; LoRA's
+gradient exactly). So nothing is ever injected into the model, and nothing has to be taken out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lmrepair.errors import UsageError
+from lmrepair.methods.adam import Moments, adam
+from lmrepair.methods.base import Problem, Step, Targeted, margin_needs_early, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER = "repair"
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them.
+
+    What the stand-in itself holds does not count: values are loaded into it before each use.
+    """
+
+    stand_in: Any
+    values: Mapping[str, Tensor]
+    moments: Moments | None
+    before: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Targeted):
+    """Low-rank adaptation (arXiv 2106.09685): W + B·A with B [d, rank], A [rank, neurons], by Adam.
+
+    Needs the extra ``lora``; ``solve`` raises UsageError without it.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = setting(8, "rank of each layer's change", positive=True)
+    learning_rate: float = setting(2e-3, "share of the prior (or the gradient) that one step takes", positive=True)
+    epochs: int = setting(60, "most steps for one problem", positive=True)
+    seed: int = setting(0, "seed of random candidates (MINT) or adapters (LoRA)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        margin_needs_early(self)
+
+    def solve(self, problem: Problem) -> Step:
+        import torch
+
+        memory: _Memory = problem.memory if problem.step else self._start(problem)
+        adapters = memory.stand_in
+        parameters = _trained(adapters)
+        with torch.enable_grad():
+            _load(parameters, memory.values)
+            made = _deltas(adapters)
+            slopes = [problem.reading.gradients[layer] for layer in made]
+            found = torch.autograd.grad(list(made.values()), list(parameters.values()), slopes)
+        gradients = dict(zip(parameters, found, strict=True))
+        moves, moments = adam(gradients, memory.moments, self.learning_rate)
+        values = {name: memory.values[name] + move for name, move in moves.items()}
+        with torch.no_grad():
+            _load(parameters, values)
+            deltas = {layer: memory.before[layer] + delta for layer, delta in _deltas(adapters).items()}
+        return Step(deltas, _Memory(adapters, values, moments, memory.before))
+
+    def _start(self, problem: Problem) -> _Memory:
+        adapters = _adapters(problem, self.rank, self.seed)
+        values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
+        return _Memory(adapters, values, None, problem.deltas)
+
+
+def _trained(adapters: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in adapters.named_parameters() if value.requires_grad}
+
+
+def _load(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[name])
+
+
+def _adapters(problem: Problem, rank: int, seed: int) -> Any:
+    """PEFT's adapters on the stand-in, initialised as PEFT does (A random by the seed, B zero)."""
+    import torch
+    from torch import nn
+
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UsageError(
+            "method 'lora' needs PEFT, which is not installed; pip install 'lmrepair[lora]', or choose another method"
+        ) from error
+    stand_in = nn.ModuleDict()
+    for layer in problem.sites.layers:
+        bare = nn.Linear(1, 1, bias=False, device="meta")
+        bare.in_features, bare.out_features = len(problem.sites.columns[layer]), problem.net.hidden
+        # Zeros of that shape that take the memory of one number: only the adapters matter.
+        zeros = torch.zeros((), device=problem.net.device).expand(bare.out_features, bare.in_features)
+        bare.weight = nn.Parameter(zeros, requires_grad=False)
+        stand_in[str(layer)] = bare
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(stand_in))
+    # PEFT draws on the CPU and then moves what it drew to where the weights are.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, stand_in, ADAPTER)
+    return stand_in
+
+
+def _deltas(adapters: Any) -> dict[int, Tensor]:
+    """Layer → PEFT's delta weight, neuron-major [k, d]."""
+    return {int(name): module.get_delta_weight(ADAPTER).T for name, module in adapters.items()}
