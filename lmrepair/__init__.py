@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmrepair.diagnosis import Diagnosis, Mistake, diagnose
-    from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+    from lmrepair.drift import Drift, Reference, measure_drift, measure_drift_by_kind, read_reference
     from lmrepair.errors import (
         FailuresError,
         LmrepairError,
@@ -34,7 +34,7 @@ _HOME = {
     "loading": ("load",),
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
-    "drift": ("Drift", "Reference", "measure_drift", "read_reference"),
+    "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
     "methods": ("FineTune", "Lora", "Method", "Mint", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
@@ -71,6 +71,7 @@ __all__ = [
     "evaluate",
     "load",
     "measure_drift",
+    "measure_drift_by_kind",
     "read_failures",
     "read_reference",
     "repair",

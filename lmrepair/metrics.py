@@ -85,7 +85,7 @@ def text_scores(written: str, target: str) -> TextScores:
     blank = not code_tokens(written) and not code_tokens(target)
     return TextScores(
         exact=written == target,
-        bleu=1.0 if blank else _bleu().sentence_score(_spaced(written), [_spaced(target)]).score / 100,
+        bleu=1.0 if blank else _share(_bleu().sentence_score(_spaced(written), [_spaced(target)])),
         rouge_l=1.0 if blank else float(scores["rougeL"].fmeasure),
         edit_similarity=float(levenshtein.normalized_similarity(written, target)),
     )
@@ -106,7 +106,12 @@ def corpus_bleu(written: Sequence[str], targets: Sequence[str]) -> float:
     if not written:
         raise UsageError("no texts to compare; expected one pair or more")
     found = _bleu().corpus_score([_spaced(text) for text in written], [[_spaced(text) for text in targets]])
-    return float(found.score) / 100
+    return _share(found)
+
+
+def _share(found: Any) -> float:
+    """From sacrebleu's per cent, which rounding can lift above 100."""
+    return min(1.0, float(found.score) / 100)
 
 
 def _spaced(text: str) -> str:

@@ -6,6 +6,7 @@ which could drive a terminal, are spelled out, and nothing is read as markup.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,11 @@ def visible(text: str, width: int | None = WIDTH) -> str:
 
 
 def drift_data(drift: Drift | None) -> dict[str, Any] | None:
-    return None if drift is None else {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens}
+    if drift is None:
+        return None
+    both = {"perplexity_before": drift.perplexity_before, "perplexity_after": drift.perplexity_after}
+    finite = {name: value if math.isfinite(value) else None for name, value in both.items()}
+    return {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens, **finite}
 
 
 def mistake_data(mistake: Mistake, decode: Decode) -> dict[str, Any]:

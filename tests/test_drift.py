@@ -14,7 +14,7 @@ from oracle_models import FAILURES, State
 
 import lmrepair.drift as drift_module
 from lmrepair import Drift, FailuresError, Reference, Star, UsageError, evaluate, measure_drift, read_reference
-from lmrepair.drift import measure_drift_by_kind, windows, worst_first
+from lmrepair.drift import measure_drift_by_kind, read_kinds, windows, worst_first
 from lmrepair.loop import repair_each
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox", "a" * 400))
@@ -92,6 +92,15 @@ def test_reference_text(tmp_path: Path) -> None:
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(FailuresError, match=said):
             read_reference(tmp_path / "bad.jsonl")
+    (tmp_path / "kinds.jsonl").write_text('{"text": "a", "kind": "x"}\n{"text": "b"}\n{"text": "c", "kind": "x"}\n')
+    assert {item.name.split("@")[0]: item.texts for item in read_kinds(tmp_path / "kinds.jsonl")} == {
+        "x": ("a", "c"),
+        "kinds": ("b",),
+    }
+    assert sum(len(item.texts) for item in read_kinds()) == len(default.texts)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "kind": 1}')
+    with pytest.raises(FailuresError, match="line 1: the kind is no text"):
+        read_kinds(tmp_path / "bad.jsonl")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(FailuresError, match="UTF-8"):
         read_reference(tmp_path / "bad.txt")

@@ -170,7 +170,7 @@ def test_scores_are_shares_and_one_for_equal_texts(written: str, target: str) ->
     for a, b in ((written, target), (target, target)):
         found = text_scores(a, b)
         for value in (found.bleu, found.rouge_l, found.edit_similarity):
-            assert -1e-9 <= value <= 1 + 1e-9
+            assert 0 <= value <= 1
     assert found.exact
     assert (found.bleu, found.rouge_l, found.edit_similarity) == pytest.approx((1, 1, 1))
 
@@ -184,7 +184,7 @@ def test_corpus_bleu_is_the_librarys() -> None:
     wanted = BLEU(tokenize="none", effective_order=True).corpus_score(*apart).score / 100
     assert 0 < wanted < 1
     assert corpus_bleu(written, targets) == pytest.approx(wanted)
-    assert corpus_bleu(targets, targets) == pytest.approx(1)
+    assert corpus_bleu(targets, targets) == 1.0 >= text_scores("ab cd ef", "ab cd ef").bleu
     assert corpus_bleu(["return"], ["return"]) == pytest.approx(1)  # without effective order: 0
 
 

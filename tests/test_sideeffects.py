@@ -165,6 +165,27 @@ def test_side_effects_of_a_patch() -> None:
         assert found.generalisation[kind].after.match == pytest.approx(sum(i.match for i in after) / len(rows))
 
 
+def test_kinds_do_not_mix_where_there_are_several_failures() -> None:
+    net = oracle_models.net()
+    patch = patch_for(net, FAILURES[0])
+    rows = [
+        replace(FAILURES[0], paraphrases=("Open that file", "file, open")),
+        replace(FAILURES[1], paraphrases=("Sum!",)),
+    ]
+    found = side_effects(net, patch, rows)
+    for kind in ("paraphrases", "case", "context"):
+        asked = [probe for row, other in zip(rows, rows[::-1], strict=True) for probe in probes(row, other)[kind]]
+        before = answers(net, asked, generate=False)
+        with patch.on(net):
+            after = answers(net, asked, generate=False)
+        ours, wanted = found.generalisation[kind], effect(before, after)
+        assert (ours.probes, ours.unchanged) == (wanted.probes, wanted.unchanged)
+        for one, other in ((ours.before, wanted.before), (ours.after, wanted.after)):
+            assert (one.match, one.rank) == (other.match, other.rank)
+            assert one.gap == pytest.approx(other.gap, abs=1e-5)  # batched otherwise
+    assert found.specificity is None
+
+
 def test_probes_the_model_has_no_room_for_are_counted() -> None:
     net = oracle_models.net()
     patch = patch_for(net, FAILURES[0])
