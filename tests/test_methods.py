@@ -139,7 +139,7 @@ def test_targeting_says_where_every_targeted_method_writes(name: str, target: di
     """Repaired or honestly not, the patch stays where the flags say, and the net is as it was."""
     net = oracle_models.net()
     before = State.of(net)
-    method = dataclasses.replace(TABLE[name], **target)
+    method = dataclasses.replace(TABLE[name], **target, epochs=30)
     (result,) = repair_each(net, FAILURES[:1], method)
     assert not before.changed(net)
     assert result.patch is not None
