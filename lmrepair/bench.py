@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmrepair.cell import Job, data_file, measure, model_source
+from lmrepair.cell import data_file, measure, model_source
 from lmrepair.errors import FailuresError, UsageError
 from lmrepair.files import write_atomically
-from lmrepair.gridfile import EMBEDDED, BenchGrid, Cell
+from lmrepair.gridfile import EMBEDDED, BenchGrid, Cell, Job
 from lmrepair.workers import Ended, Processes, RayActors, Work, Workers, error_data
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from lmrepair.errors import FailuresError
 from lmrepair.evaluation import Answer, answers
 from lmrepair.failures import Failure, read_failures
 from lmrepair.grid import Grid, grid_effects, read_grid
-from lmrepair.gridfile import EMBEDDED, Cell, DriftSpec
+from lmrepair.gridfile import EMBEDDED, Cell, DriftSpec, Job
 from lmrepair.loading import load
 from lmrepair.loop import Repair, repair, repair_each
 from lmrepair.machine import Peak, machine, versions
@@ -47,17 +47,6 @@ from lmrepair.sideeffects import SideEffects, effect, neighbours, probes, side_e
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 ROWS_AT_ONCE = 32
 SHORTEST = 32  # tokens that are read of each reference text, at least
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell with the folders and the device of the machine that measures it. ``threads`` 0: torch's default."""
-
-    cell: Cell
-    models: Path
-    data: Path
-    device: str = "auto"
-    threads: int = 0
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A cell with the folders and the device of the machine that measures it. ``threads`` 0: torch's default."""
+
+    cell: Cell
+    models: Path
+    data: Path
+    device: str = "auto"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
 class BenchGrid:
     """A grid file: its name and its cells, in the order of its studies."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import traceback
@@ -159,7 +160,7 @@ class RayActors:
             except self._ray.exceptions.RayActorError:
                 ended.append(Ended(job))
             except self._ray.exceptions.RayTaskError as error:
-                ended.append(Ended(job, error=error.cause if isinstance(error.cause, Exception) else error))
+                ended.append(Ended(job, error=_cause(error)))
             self._idle.append(actor)
         return ended
 
@@ -167,6 +168,14 @@ class RayActors:
         for actor in (*self._idle, *(actor for actor, _ in self._running.values())):
             self._ray.kill(actor)
         self._idle, self._running = [], {}
+
+
+def _cause(error: Any) -> BaseException:
+    """What a job on Ray raised, with Ray's text of where as its cause."""
+    if not isinstance(error.cause, Exception):
+        return RuntimeError(str(error).splitlines()[-1])
+    error.cause.__cause__ = error
+    return error.cause
 
 
 class _Actor:
@@ -196,6 +205,8 @@ def error_data(error: BaseException, private: Iterable[Path]) -> dict[str, Any]:
         message = message.replace(folder + os.sep, "").replace(folder, "…")
     at = ""
     if not isinstance(error, LmrepairError):
-        frames = traceback.extract_tb(error.__traceback__)
-        at = "; ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-3:])
+        # From another process comes the traceback's text, as the error's cause.
+        text = str(error.__cause__) if error.__cause__ else "".join(traceback.format_tb(error.__traceback__))
+        frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+        at = "; ".join(f"{Path(file).name}:{line} {name}" for file, line, name in frames[-3:])
     return {"type": type(error).__name__, "message": message, "at": at}

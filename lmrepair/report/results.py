@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrepair.errors import ResultsError
+from lmrepair.render import visible
 
 FORMAT = 1
 
@@ -43,14 +44,14 @@ class Result:
     base: str
     preset: str | None
     targeting: Mapping[str, str]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, str]
     seed: int
     error: str = ""
     rows: tuple[Row, ...] = ()
     whole: Mapping[str, float] = field(default_factory=dict)
     curve: tuple[Mapping[str, float], ...] = ()
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     grid: str = ""
 
@@ -93,34 +94,34 @@ def _result(record: Any) -> Result:
     if status not in ("done", "failed"):
         raise ValueError(f"status {status!r}, expected done or failed")
     error = record.get("error") or {"type": "", "message": "", "at": ""}
-    said = " ".join(_text(error[key]) for key in ("type", "message", "at")).strip()
+    said = f"{_name(error['type'])}: {_name(error['message'])} {_name(error['at'])}".strip()
     method = config["method"]
     return Result(
-        name=_text(record["name"]),
+        name=_name(record["name"]),
         order=int(record.get("order", 0)),
         study=_text(config["study"]),
-        model=_text(config["model"]["name"]),
-        data=_text(config["data"]["name"]),
-        method=_text(method["name"]),
-        base=_text(method["method"]),
-        preset=method["preset"] if method["preset"] is None else _text(method["preset"]),
-        targeting={_text(key): _text(value) for key, value in config["targeting"].items()},
-        settings=dict(method["settings"]),
+        model=_name(config["model"]["name"]),
+        data=_name(config["data"]["name"]),
+        method=_name(method["name"]),
+        base=_name(method["method"]),
+        preset=method["preset"] if method["preset"] is None else _name(method["preset"]),
+        targeting={_name(key): _name(value) for key, value in config["targeting"].items()},
+        settings=_names(method["settings"]),
         seed=int(config["seed"]),
         error=said if status == "failed" else "",
         rows=tuple(_row(item) for item in record.get("failures", [])),
         whole={**flat(record.get("together") or {}), **flat(record.get("joint") or {}, "joint.")},
         curve=tuple(flat(point) for point in record.get("curve", [])),
-        machine=dict(record.get("machine", {})),
-        versions=dict(record.get("versions", {})),
+        machine=_names(record.get("machine", {})),
+        versions=_names(record.get("versions", {})),
         seconds=float(record.get("seconds", 0.0)),
-        grid=_text(record["grid"]),
+        grid=_name(record["grid"]),
     )  # fmt: skip
 
 
 def _row(item: Mapping[str, Any]) -> Row:
     return Row(
-        id=_text(item["id"]),
+        id=_name(item["id"]),
         prompt=_text(item["prompt"]),
         target=_text(item["target"]),
         tokens=tuple(_text(text) for _, text in item["tokens"]),
@@ -153,6 +154,15 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"found {type(value).__name__}, expected text")
     return value
+
+
+def _name(value: Any) -> str:
+    """Text that stands in a line of its own: what does not print is spelled out."""
+    return visible(_text(value), None)
+
+
+def _names(table: Mapping[str, Any]) -> dict[str, str]:
+    return {_name(key): visible(str(value), None) for key, value in table.items()}
 
 
 def by_group(results: Sequence[Result], study: str) -> Iterator[tuple[tuple[str, str], list[Result]]]:
