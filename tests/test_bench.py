@@ -298,3 +298,32 @@ def test_jobs_hold_no_state(tmp_path: Path) -> None:
     _, cells = planned(tmp_path)
     assert isinstance(cells[0].job, Job)
     assert cells[0].job == planned(tmp_path)[1][0].job
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lmrepair import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lmrepair", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    grid, out = made(tmp_path), tmp_path / "out"
+    code, text, err = call("bench", grid, "--output", out, "--threads", 1, "--only", "prompt")
+    assert (code, err) == (0, "")
+    assert "1 cells: 0 done, 1 to run" in text
+    assert "all in" in text
+    code, text, _ = call("bench", grid, "--output", out, "--only", "prompt", "--json")
+    assert (code, json.loads(text)) == (0, {"run": 0, "skipped": 1, "failed": []})
+    code, text, _ = call("report", out, "-o", tmp_path / "page.html", "--json")
+    assert json.loads(text)["bytes"] == (tmp_path / "page.html").stat().st_size
+    code, _, err = call("bench", grid, "--output", grid)
+    assert code == 2
+    assert "is a file" in err
+    missing = made(tmp_path, GRID.replace('name = "embedded"', 'name = "none"\npath = "no/such/model"'))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, text, _ = call("bench", missing, "--output", out, "--only", "prompt", "--threads", 1)
+    assert code == 1
+    assert "FAILED: ModelError: no/such/model" in text

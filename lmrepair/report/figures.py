@@ -141,9 +141,9 @@ def _stands(low: float, high: float, better: int) -> str:
 
 
 def number(value: float, measure: Measure) -> str:
-    """A value as text; very small ones with two significant digits."""
+    """A value as text; where small values matter, very small ones with two significant digits."""
     scaled = value * measure.scale
-    if abs(scaled) > 1e-9 and abs(scaled) < 10**-measure.digits / 2:
+    if measure.digits > 2 and 1e-9 < abs(scaled) < 10**-measure.digits / 2:
         text = f"{scaled:.1e}"
     else:
         text = f"{scaled:,.{measure.digits}f}"

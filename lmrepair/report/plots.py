@@ -174,6 +174,8 @@ def curves(results: Sequence[Result], key: str, label: str, name: str, scale: fl
                 axis.plot([whole["joint.k"]], [whole["joint." + key] * scale], color=colours[group.name][0], ls="none",
                           marker=colours[group.name][1], markersize=9, fillstyle="none")  # fmt: skip
         axis.set_xlabel("repairs so far")
+        if key == "holding":
+            axis.set_ylim(0, 105)
         axis.set_ylabel(label)
 
     svg = _each(results, "cumulative", name, draw, height=2.7)
@@ -189,14 +191,14 @@ def curves(results: Sequence[Result], key: str, label: str, name: str, scale: fl
 
 
 def heat_maps(results: Sequence[Result]) -> list[Plot]:
-    """Sparsity: effect and side effect over shares of layers and of neurons, one figure a method and pattern."""
+    """Sparsity: effect and side effect over shares of layers and of neurons, one figure a method and task."""
     kinds = drift_kinds([result for result in results if result.study == "sparsity"])
     measures = [(MATCH.key, "ExactMatch after, %", PERCENT, "viridis")]
     measures += [(f"drift.{kind}.kl", f"KL on {kind} text × 1000", 1000.0, "viridis_r") for kind in kinds[:1]]
     plots = []
     for number, (title, members) in enumerate(_maps(results).items()):
-        layers = _ordered(members, "layers")
-        shares = _ordered(members, "share")
+        layers = _rows(members)
+        shares = sorted({result.settings.get("share", "1") for result in members}, key=_size)
         if len(layers) * len(shares) < 2:
             continue
         name = f"sparsity{number}"
@@ -206,9 +208,8 @@ def heat_maps(results: Sequence[Result]) -> list[Plot]:
             for axis, (key, label, scale, colours) in zip(axes.flat, measures, strict=True):
                 _heat(axis, members, (layers, shares), key, scale, colours)
                 axis.set_title(label)
-            plots.append(
-                Plot(_svg(figure, name), f"Sparsity, {title}: shares of layers (down) and of neurons (across).")
-            )
+            where = "shares of layers (down; even pattern unless another is named) and of neurons (across)"
+            plots.append(Plot(_svg(figure, name), f"Sparsity, {title}: {where}."))
     return plots
 
 
@@ -216,15 +217,27 @@ def _maps(results: Sequence[Result]) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for key, members in by_group(results, "sparsity"):
         for result in members:
-            pattern = result.settings.get("pattern", "even")
-            found.setdefault(f"{result.method} on {place(key)}, pattern {pattern}", []).append(result)
+            found.setdefault(f"{result.method} on {place(key)}", []).append(result)
     return found
 
 
-def _ordered(members: Sequence[Result], key: str) -> list[str]:
-    """The values of a setting, the smallest first; "one" layer before all shares."""
-    values = {str(result.settings.get(key, "1")) for result in members}
-    return sorted(values, key=lambda value: Fraction(0) if value == "one" else Fraction(value))
+def _rows(members: Sequence[Result]) -> list[str]:
+    """Layers, with the pattern where it is not the even one; the smallest share first, "one" layer before all."""
+    values = {(_size(result.settings.get("layers", "1")), _pattern(result), _row_name(result)) for result in members}
+    return [name for _, _, name in sorted(values, key=lambda value: (value[1] != "even", value[1], value[0]))]
+
+
+def _row_name(result: Result) -> str:
+    layers, pattern = result.settings.get("layers", "1"), _pattern(result)
+    return layers if pattern == "even" else f"{layers}, {pattern}"
+
+
+def _pattern(result: Result) -> str:
+    return result.settings.get("pattern", "even")
+
+
+def _size(share: str) -> Fraction:
+    return Fraction(0) if share == "one" else Fraction(share)
 
 
 def _heat(
@@ -236,8 +249,7 @@ def _heat(
         found = group.mean(key)
         if found is not None:
             settings = group.first.settings
-            row, column = layers.index(str(settings.get("layers", "1"))), shares.index(str(settings.get("share", "1")))
-            grid[row][column] = found.mean * scale
+            grid[layers.index(_row_name(group.first))][shares.index(settings.get("share", "1"))] = found.mean * scale
     values = [value for line in grid for value in line if value == value]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 1e-9:

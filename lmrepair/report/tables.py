@@ -176,7 +176,8 @@ def generalisation(results: Sequence[Result]) -> Table | None:
         if kind in keys
         for key, title, scale in (("match", "ExactMatch", PERCENT), ("gap", "gap", 1.0))
     ]
-    return _table(results, "alone", measures, measures[0]) if measures else None
+    against = next((measure for measure in measures if ".context." in measure.key), None)
+    return _table(results, "alone", measures, against) if measures else None
 
 
 def specificity(results: Sequence[Result]) -> Table | None:
