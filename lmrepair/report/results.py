@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def _read(path: Path) -> Result:
         return _result(record)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ResultsError(
             f"{path}: not a cell this version can read ({type(error).__name__}: {error}); "
             "delete it and run lmrepair bench again, or leave only its files in the folder"
@@ -96,6 +98,13 @@ def _result(record: Any) -> Result:
     error = record.get("error") or {"type": "", "message": "", "at": ""}
     said = f"{_name(error['type'])}: {_name(error['message'])} {_name(error['at'])}".strip()
     method = config["method"]
+    settings = _names(method["settings"])
+    for key in ("layers", "share"):
+        if settings.get(key, "one") != "one":
+            Fraction(settings[key])
+    curve = tuple(flat(point) for point in record.get("curve", []))
+    if any("k" not in point for point in curve):
+        raise ValueError("a point of the curve without k")
     return Result(
         name=_name(record["name"]),
         order=int(record.get("order", 0)),
@@ -106,12 +115,12 @@ def _result(record: Any) -> Result:
         base=_name(method["method"]),
         preset=method["preset"] if method["preset"] is None else _name(method["preset"]),
         targeting={_name(key): _name(value) for key, value in config["targeting"].items()},
-        settings=_names(method["settings"]),
+        settings=settings,
         seed=int(config["seed"]),
         error=said if status == "failed" else "",
         rows=tuple(_row(item) for item in record.get("failures", [])),
         whole={**flat(record.get("together") or {}), **flat(record.get("joint") or {}, "joint.")},
-        curve=tuple(flat(point) for point in record.get("curve", [])),
+        curve=curve,
         machine=_names(record.get("machine", {})),
         versions=_names(record.get("versions", {})),
         seconds=float(record.get("seconds", 0.0)),
@@ -144,6 +153,8 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     found: dict[str, float] = {}
     for key, item in value.items():
         if isinstance(item, bool | int | float):
+            if not math.isfinite(item):
+                raise ValueError(f"{prefix}{key} is no finite number")
             found[f"{prefix}{key}"] = float(item)
         elif isinstance(item, Mapping):
             found |= flat(item, f"{prefix}{key}.")
