@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmrepair.failures import Failure, Template, read_failures
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
-    from lmrepair.methods import FineTune, Lora, Method, Mint, Sgd, Star
+    from lmrepair.methods import FineTune, Lora, Method, MinKl, Mint, Sgd, Star
     from lmrepair.net import Net
     from lmrepair.patch import Patch
 
@@ -35,7 +35,7 @@ _HOME = {
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
     "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
-    "methods": ("FineTune", "Lora", "Method", "Mint", "Sgd", "Star"),
+    "methods": ("FineTune", "Lora", "Method", "MinKl", "Mint", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
@@ -51,6 +51,7 @@ __all__ = [
     "LmrepairError",
     "Lora",
     "Method",
+    "MinKl",
     "Mint",
     "Mistake",
     "ModelError",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
 from lmrepair.methods import Method, Problem, Star
+from lmrepair.moments import Metric, Statistics
 from lmrepair.net import Batch, Net, Preference, Sites, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
+from lmrepair.statistics import statistics_of
 from lmrepair.trial import Change, Trial
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
@@ -59,13 +61,15 @@ class Cost:
     """Time from the first diagnosis to the last teacher-forced check, and that in forward equivalents.
 
     A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
-    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards.
+    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards,
+    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair.
     """
 
     seconds: float
     forward_equivalents: float
     check_seconds: float
     steps: int
+    statistics_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,15 @@ def repair(
     method: Method | None = None,
     reference: Reference | None = None,
     progress: Progress = quiet,
+    statistics: Statistics | None = None,
 ) -> Repair:
     """Repair all failures together in one patch, and leave the net with that patch applied.
 
     Whatever happens in between (an error, Ctrl-C), the net is either patched as the result says or as it
     was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
     with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
+    A method that needs ``statistics`` of reference text has them gathered from text the model writes by
+    itself, once for each model, unless they are given.
 
     Raises FailuresError for failures that contradict each other or do not fit the model.
     Source of the method's maths: arXiv 2503.12899.
@@ -113,7 +120,8 @@ def repair(
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
     method = method or Star()
-    attempt = _attempt(net, failures, method, Bases.of(net), progress)
+    known = _Known.of(net, method, statistics, progress)
+    attempt = _attempt(net, failures, method, known, progress)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
@@ -125,7 +133,11 @@ def repair(
 
 
 def repair_each(
-    net: Net, failures: Sequence[Failure], method: Method | None = None, progress: Progress = quiet
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method | None = None,
+    progress: Progress = quiet,
+    statistics: Statistics | None = None,
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
@@ -133,9 +145,9 @@ def repair_each(
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
     """
     method = method or Star()
-    bases = Bases.of(net)
+    known = _Known.of(net, method, statistics, progress)
     for failure in failures:
-        attempt = _attempt(net, [failure], method, bases, progress)
+        attempt = _attempt(net, [failure], method, known, progress)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
@@ -186,7 +198,26 @@ class _Attempt:
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 
-def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases, progress: Progress) -> _Attempt:
+@dataclass(frozen=True)
+class _Known:
+    """What is made once for a net and a method: semantic bases, and the metric if the method asks for one."""
+
+    bases: Bases
+    metric: Metric | None
+    seconds: float
+
+    @staticmethod
+    def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> _Known:
+        bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
+        asked, began = method.asks(), time.perf_counter()
+        if asked is None:
+            return _Known(bases, None, 0.0)
+        if statistics is None:
+            statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
+        return _Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
+
+
+def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Known, progress: Progress) -> _Attempt:
     """Diagnose, locate, solve, apply and check; the weights are as they were afterwards."""
     tokens = net.tokenize(failures)
     with settled(net.model):
@@ -198,7 +229,7 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
             return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
         sites = method.sites(net, batches, preference)
         with Trial(net, sites) as trial:
-            solver = _Solver(net, method, bases, sites, trial, progress)
+            solver = _Solver(net, method, known, sites, trial, progress)
             solver.solve(tokens, before)
             seconds = time.perf_counter() - began
             after, greedy = solver.check(tokens)
@@ -217,7 +248,8 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, bases: Bases
             Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
             for failure, b, a, same in zip(failures, before, after, greedy, strict=True)
         )
-        cost = Cost(seconds, seconds / forward_seconds(net, batches), check_seconds, solver.steps)
+        equivalents = seconds / forward_seconds(net, batches)
+        cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
         return _Attempt(method, outcomes, changes, cost)
 
 
@@ -252,15 +284,15 @@ def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
             if net.device.type == "cuda":
                 torch.cuda.synchronize(net.device)
             times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return median(times)
 
 
 class _Solver:
     """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
 
-    def __init__(self, net: Net, method: Method, bases: Bases, sites: Sites, trial: Trial, progress: Progress) -> None:
-        self.net, self.method, self.sites, self.trial, self.progress = net, method, sites, trial, progress
-        self.bases = Bases.of(net, gain=True) if getattr(method, "gain", False) else bases
+    def __init__(self, net: Net, method: Method, known: _Known, sites: Sites, trial: Trial, progress: Progress) -> None:
+        self.net, self.method, self.known, self.sites = net, method, known, sites
+        self.trial, self.progress = trial, progress
         # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
         self.deltas: Mapping[int, Tensor] = {
             layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
@@ -336,7 +368,7 @@ class _Solver:
                 return memory
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
-                self.deltas, self.bases, step, memory,
+                self.deltas, self.known.bases, step, memory, self.known.metric,
             )  # fmt: skip
             answer = method.solve(problem)
             self.deltas, memory = answer.deltas, answer.memory

@@ -194,11 +194,17 @@ class Net:
 
         The head is run on those positions alone; gradients are recorded if the caller enabled them.
         """
+        logits, _ = self.logits_and_states(batch, rows)
+        return logits
+
+    def logits_and_states(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph."""
         chosen = batch.rows if rows is None else rows
+        states: list[Tensor] = []
 
         def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            state = given[0]
-            return (state.reshape(-1, state.shape[-1])[chosen][None], *given[1:])
+            states.append(given[0].reshape(-1, given[0].shape[-1])[chosen][None])
+            return (states[0], *given[1:])
 
         handle = self.anatomy.head.register_forward_pre_hook(choose)
         try:
@@ -206,7 +212,7 @@ class Net:
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]
-        return logits
+        return logits, states[0]
 
     def prefer(self, batches: Sequence[Batch]) -> Preference:
         """What the model prefers at every target position of the batches: one forward pass each."""
@@ -294,11 +300,29 @@ class Net:
         for group in groups.values():
             prompts = torch.tensor([tokens[index].prompt for index in group], device=self.device)
             longest = max(len(tokens[index].target) for index in group)
-            with torch.inference_mode(), _plain_greedy(self.model, self.tokenizer, longest):
+            with torch.inference_mode(), _decoding(self.model, self.tokenizer, longest):
                 output = self.model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
             for index, row in zip(group, output[:, prompts.shape[1] :].tolist(), strict=True):
                 made[index] = tuple(row[: len(tokens[index].target)])
         return [made[index] for index in range(len(tokens))]
+
+    def sample(self, count: int, length: int, seed: int = 0) -> list[Tokens]:
+        """Texts of ``length`` tokens that the model writes by itself, sampled from its own distribution.
+
+        They start from the token that texts of this model start with, and do not stop at ends of text.
+        """
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
+        first = next(token for token in special if token is not None)
+        starts = torch.full((count, 1), first, device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.inference_mode(),
+            torch.random.fork_rng(devices),
+            _decoding(self.model, self.tokenizer, length, True),
+        ):
+            torch.manual_seed(seed)
+            output = self.model.generate(input_ids=starts, attention_mask=torch.ones_like(starts))
+        return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
 
 
 @dataclass(frozen=True)
@@ -327,14 +351,16 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_greedy(model: Any, tokenizer: Any, length: int) -> Iterator[None]:
+def _decoding(model: Any, tokenizer: Any, length: int, sampled: bool = False) -> Iterator[None]:
+    """Plain greedy decoding, or plain sampling of exactly ``length`` tokens, whatever the model's own settings."""
     kept = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        do_sample=sampled,
         max_new_tokens=length,
         pad_token_id=tokenizer.pad_token_id or 0,
-        eos_token_id=kept.eos_token_id if kept is not None else None,
+        eos_token_id=kept.eos_token_id if kept is not None and not sampled else None,
         bos_token_id=tokenizer.bos_token_id,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
     )
     try:
         yield

@@ -10,7 +10,7 @@ import pytest
 from oracle_models import FAILURES, State
 
 import lmrepair.cumulative as module
-from lmrepair import Failure, FailuresError, Reference, Sgd, Star, UsageError, evaluate, repair
+from lmrepair import Failure, FailuresError, Reference, Sgd, Star, UsageError, evaluate, repair, repair_each
 from lmrepair.cumulative import cumulative
 from lmrepair.drift import windows
 
@@ -68,7 +68,10 @@ def test_what_is_right_at_its_turn_and_what_resists() -> None:
     net = oracle_models.net()
     right = repair(net, FAILURES[:1], STAR, ONE)
     assert right.repaired == 1
-    weak = Sgd(learning_rate=1e-9)
+    weak = Sgd(learning_rate=1e-3)
+    (tried,) = repair_each(net, FAILURES[1:2], weak)
+    assert tried.patch is not None  # it moves weights
+    assert not tried.repaired  # and does not repair
     state = State.of(net)
     found = cumulative(net, FAILURES[:2], weak, references=[ONE], every=1)
     assert not state.changed(net)

@@ -14,7 +14,7 @@ import pytest
 from oracle_models import FAILURES, State
 from test_cli import Run, failures, run, write
 
-from lmrepair import Drift, Reference, Star, UsageError, evaluate, measure_drift, repair_each
+from lmrepair import Drift, Reference, Star, UsageError, answers, evaluate, measure_drift, repair_each
 from lmrepair.failures import Failure
 from lmrepair.grid import build_grid, grid_effects, read_grid
 from lmrepair.measures import Material, Measures, measure
@@ -65,6 +65,14 @@ def test_the_figures_are_those_of_the_modules() -> None:
     assert found.grid.whole.probes == 4
 
 
+def test_the_grid_is_seen_from_the_cells_that_were_repaired() -> None:
+    net = oracle_models.net()
+    patch = patch_for(net, GRID.cell(0, 1))
+    found = measure(net, Material(FAILURES[1:2], grid=GRID), patch)
+    assert found.grid is not None
+    assert found.grid.cells == (grid_effects(net, GRID, patch, (0, 1)),)
+
+
 def test_intervals_are_over_failures() -> None:
     net = oracle_models.net()
     patch = patch_for(net, FAILURES[0])
@@ -83,7 +91,11 @@ def test_without_a_patch() -> None:
     assert found.after is found.side_effects is found.held_out is None
     assert found.grid is not None
     assert found.grid.whole is None
-    assert list(found.grid.wordings) == ["plain", "polite"]
+    cells = answers(net, GRID.cells, generate=False)
+    for s, name in enumerate(("plain", "polite")):
+        mine = [item.gap for item in cells[s::2]]
+        gap = sum(sum(gaps) / len(gaps) for gaps in mine) / 2
+        assert found.grid.wordings[name].gap == pytest.approx(gap)
     assert all(drift.perplexity_after == drift.perplexity_before for drift in found.drift.values())
     data = measures_data("m", found, GRID, None)
     assert data["drift"] == []

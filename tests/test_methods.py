@@ -281,6 +281,11 @@ def test_the_paper_preset_is_the_published_loop() -> None:
     assert repair(net, FAILURES[:1], method, TEXT).cost.steps == 10
 
 
+def test_mint_is_as_published_unless_told_otherwise() -> None:
+    assert method_named("mint", "paper") == Mint()
+    assert (Mint().factor, Mint().epochs, Mint().candidates, Mint().rounds) == (0.01, 10, 10, 1)
+
+
 def test_settings_that_do_not_exist_are_refused() -> None:
     cases: list[tuple[str, str | None, dict[str, Any], str]] = [
         ("stra", None, {}, "did you mean 'star'"),

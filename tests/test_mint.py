@@ -181,8 +181,8 @@ def test_what_breaks_a_trial_leaves_the_net_as_it_was(
 
 def test_rounds_end_where_nothing_more_would_change() -> None:
     net = oracle_models.net()
-    (one,) = repair_each(net, FAILURES[:1], Mint(factor=1e-3, epochs=2, rounds=1))
-    (ten,) = repair_each(net, FAILURES[:1], Mint(factor=1e-3, epochs=2))
+    (one,) = repair_each(net, FAILURES[:1], Mint(factor=1e-3, epochs=2))
+    (ten,) = repair_each(net, FAILURES[:1], Mint(factor=1e-3, epochs=2, rounds=10))
     assert one.cost.steps == ten.cost.steps == 2 * len(one.outcomes[0].before)
 
 

@@ -68,9 +68,10 @@ def test_neighbours_are_the_nearest_that_want_something_else() -> None:
         Failure("read the file f", "f.read()"),  # its own paraphrase
         Failure("please open the file f", "open(f)\n"),  # the same target
         Failure("sum a list", "sum(a)"),  # nothing in common
+        Failure("open the file g now or a little later if you can", "open(g)"),
         Failure("open the file g now", "open(g)"),
     ]
-    assert neighbours(failure, pool) == [pool[1], pool[6], pool[0]]
+    assert neighbours(failure, pool) == [pool[1], pool[7], pool[6], pool[0]]  # of 3, 3, 3 and 1 shared tokens
     assert neighbours(failure, pool, 1) == [pool[1]]
     assert neighbours(failure, []) == []
 
@@ -184,6 +185,17 @@ def test_kinds_do_not_mix_where_there_are_several_failures() -> None:
             assert (one.match, one.rank) == (other.match, other.rank)
             assert one.gap == pytest.approx(other.gap, abs=1e-5)  # batched otherwise
     assert found.specificity is None
+
+
+def test_a_repaired_failure_is_nobodys_neighbour() -> None:
+    net = oracle_models.net()
+    patch = patch_for(net, FAILURES[0])
+    other = Failure("close the file", " f.close()", "close")
+    alone = side_effects(net, patch, [FAILURES[0]], [FAILURES[0], other, FAILURES[2]])
+    both = side_effects(net, patch, [FAILURES[0], other], [FAILURES[0], other, FAILURES[2]])
+    assert alone.specificity is not None
+    assert alone.specificity.probes == 1
+    assert both.specificity is None
 
 
 def test_probes_the_model_has_no_room_for_are_counted() -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from dataclasses import fields
 
 from lmrepair.errors import UsageError, nearest
-from lmrepair.methods.base import Method, Problem, Step, Targeted
+from lmrepair.methods.base import Asked, Method, Problem, Step, Targeted
 from lmrepair.methods.finetune import FineTune
 from lmrepair.methods.lora import Lora
+from lmrepair.methods.minkl import MinKl
 from lmrepair.methods.mint import Mint
 from lmrepair.methods.sgd import Sgd
 from lmrepair.methods.star import Star
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, Mint, Sgd, FineTune, Lora)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, MinKl, Mint, Sgd, FineTune, Lora)}
 DEFAULT = Star.name
 
 __all__ = [
     "DEFAULT",
     "METHODS",
+    "Asked",
     "FineTune",
     "Lora",
     "Method",
+    "MinKl",
     "Mint",
     "Problem",
     "Sgd",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.basis import Bases
+    from lmrepair.moments import Metric
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
@@ -29,7 +30,8 @@ class Problem:
 
     ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
     since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left (at step 0,
-    what the mistake before left, where mistakes of one failure follow each other).
+    what the mistake before left, where mistakes of one failure follow each other); ``metric`` is made from
+    the statistics the method asks for.
     """
 
     net: Net
@@ -41,6 +43,22 @@ class Problem:
     bases: Bases
     step: int
     memory: Any = None
+    metric: Metric | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The statistics of reference text that a method asks for.
+
+    ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
+    "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
+    ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal.
+    """
+
+    inputs: str
+    outputs: str
+    samples: int
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,10 @@ class Method(ABC):
                 )
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"margin is {self.margin}; expected a number of logits, 0 or more")
+
+    def asks(self) -> Asked | None:
+        """The statistics of reference text this method needs; most need none."""
+        return None
 
     def read(
         self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None

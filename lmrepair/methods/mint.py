@@ -48,6 +48,7 @@ class Mint(Method):
     advice: ClassVar[str] = "try a larger factor, more epochs or candidates, or another method"
 
     mode: str = setting("iterative", "what one problem holds", ("iterative",))
+    rounds: int = setting(1, "most rounds over failures worked on in turn (one without --early)", positive=True)
     factor: float = setting(0.01, "weight of the drift in a patched neuron, its old value weighing 1", positive=True)
     candidates: int = setting(10, "neurons that are tried for each patch", positive=True)
     neurons: str = setting("attribution", "how candidates are ranked", ("attribution", "activation", "random"))

@@ -1,0 +1,119 @@
+"""Exact gradients of the margins by which tokens are preferred, as factors.
+
+The margin of a position is the logit of the wanted token minus its best rival's. Its gradient with
+respect to a layer's neurons is J = Σ_i z_i g_iᵀ [k, d], over all positions i of the failure up to its
+own (earlier ones matter through attention): the coefficients z [T, k] and the slopes g [T, d] of the
+margin with respect to the FFN output are kept, J is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmrepair.net import Batch, Net, Preference, Reading, Sites
+
+SLOPES_AT_ONCE = 1 << 26  # numbers of slopes made by one backward pass: 256 MB in float32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The gradients of one failure's open margins.
+
+    ``rows`` [s]: which of the N positions. ``inputs``: layer → z [T, k]. ``slopes``: layer → g [s, T, d].
+    """
+
+    rows: Tensor
+    inputs: Mapping[int, Tensor]
+    slopes: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Margins(Reading):
+    """What the model prefers, and the gradients of the margins that are still open."""
+
+    factors: tuple[Factors, ...] = ()
+
+
+def read_margins(
+    net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+) -> Margins:
+    """One forward pass over each batch, and a backward pass for as many rows as its failures have open margins.
+
+    Open is a position in ``focus`` [N] (None: all) that is not preferred by more than ``margin``; with
+    ``margin`` None, every position of the focus is.
+    """
+    preferences: list[Preference] = []
+    factors: list[Factors] = []
+    at = 0
+    for batch in batches:
+        part = slice(at, at + len(batch.rows))
+        at += len(batch.rows)
+        with torch.enable_grad(), net.watch(sites.layers) as watched:
+            logits, states = net.logits_and_states(batch)
+            with torch.no_grad():
+                preference = Preference.of(logits, batch.wanted)
+            preferences.append(preference)
+            rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part].clone()
+            if margin is not None:
+                rows &= ~(preference.gap < -margin)
+            if not bool(rows.any()):
+                continue
+            picked = logits.float().gather(1, torch.stack([batch.wanted, preference.rival], dim=1))
+            # No row's logits depend on another row's state, so one pass gives all of these.
+            (slope,) = torch.autograd.grad((picked[:, 0] - picked[:, 1]).sum(), states, retain_graph=True)
+            outputs = [watched.outputs[layer] for layer in sites.layers]
+            inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
+            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start)
+    joint = Preference.join(preferences)
+    return Margins(joint, not factors, factors=tuple(factors))
+
+
+def _factors(
+    batch: Batch,
+    rows: Tensor,
+    slope: Tensor,
+    states: Tensor,
+    outputs: Sequence[Tensor],
+    inputs: Mapping[int, Tensor],
+    sites: Sites,
+    first: int,
+) -> list[Factors]:
+    """Failures share no positions, so their first open rows go into one backward pass, their second into the next."""
+    owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
+    turns = max(len(own) for own in owned)
+    per_turn = sum(output.numel() for output in outputs)
+    together = max(1, SLOPES_AT_ONCE // per_turn)
+    slopes: list[list[Tensor]] = [[] for _ in outputs]
+    for begin in range(0, turns, together):
+        count = min(together, turns - begin)
+        seeds = torch.zeros(count, *states.shape, dtype=states.dtype, device=states.device)
+        for own in owned:
+            for turn, row in enumerate(own[begin : begin + count].tolist()):
+                seeds[turn, 0, row] = slope[0, row]
+        made = torch.autograd.grad(
+            states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=begin + count < turns
+        )
+        for kept, part in zip(slopes, made, strict=True):
+            kept.append(part)
+    joined = [torch.cat(parts) for parts in slopes]
+    found = []
+    for index, own in enumerate(owned):
+        if not len(own):
+            continue
+        length = int(batch.rows[own[-1]]) - index * batch.ids.shape[1] + 1  # a causal model: no later position matters
+        places = {layer: sites.columns[layer].to(states.device) for layer in sites.layers}
+        found.append(
+            Factors(
+                own + first,
+                {layer: inputs[layer][index, :length].index_select(1, places[layer]).float() for layer in sites.layers},
+                {
+                    layer: part[: len(own), index, :length].float().clone()
+                    for layer, part in zip(sites.layers, joined, strict=True)
+                },
+            )
+        )
+    return found

@@ -1,0 +1,176 @@
+"""Statistics of reference text: gathered in one streamed pass, kept on disk by the model's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lmrepair.drift import Reference, windows
+from lmrepair.failures import Tokens
+from lmrepair.files import write_atomically
+from lmrepair.fingerprint import fingerprint
+from lmrepair.methods import Asked
+from lmrepair.moments import Moment, Statistics
+from lmrepair.net import TOKENS_AT_ONCE, Net, settled
+
+FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
+TEXTS, LENGTH = 64, 192  # how much text a model writes for its own statistics, in tokens
+FORMAT = 1
+
+Report = Callable[[int, int], None]
+
+
+def statistics_of(
+    net: Net,
+    asked: Asked,
+    reference: Reference | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Report = lambda _, __: None,
+) -> Statistics:
+    """The statistics a method asks for, from text the model writes by itself and, if given, a reference too.
+
+    Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
+    file that is damaged or for something else is made anew.
+    """
+    name = f"{TEXTS} x {LENGTH} own tokens, seed {seed}" + (f", {reference.name}" if reference else "")
+    kinds = {
+        layer: (_kind(asked.inputs, width), _kind(asked.outputs, net.hidden)) for layer, width in enumerate(net.widths)
+    }
+    model = fingerprint(net, {})
+    wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "samples": asked.samples,
+              "kinds": sorted(kinds.items()), "torch": torch.__version__}  # fmt: skip
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+    path = (cache or cache_folder()) / f"statistics-{key[:32]}.safetensors"
+    found = _load(path, key, kinds, name)
+    if found is None:
+        with settled(net.model):
+            tokens = net.sample(TEXTS, min(LENGTH, (net.anatomy.context or LENGTH) - 1), seed)
+        tokens += windows(net, reference.texts) if reference else []
+        found = gather(net, tokens, asked, name, seed, progress)
+        write_atomically(path, _serialise(found, key))
+    return found
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept: LMREPAIR_CACHE, or lmrepair in the user's cache folder."""
+    chosen = os.environ.get("LMREPAIR_CACHE")
+    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(above) / "lmrepair"
+
+
+def _kind(asked: str, width: int) -> str:
+    return asked if asked != "auto" else "full" if width <= FULL_WIDTH else "sampled"
+
+
+def gather(
+    net: Net,
+    tokens: Sequence[Tokens],
+    asked: Asked,
+    name: str,
+    seed: int = 0,
+    progress: Report = lambda _, __: None,
+) -> Statistics:
+    """Read the texts once, with the gradients of tokens sampled from the model itself (the true Fisher).
+
+    Every position of every text counts alike; sampled moments keep positions drawn without replacement.
+    """
+    layers = range(net.layers)
+    batches = net.batches(tokens, TOKENS_AT_ONCE)
+    count = sum(int(batch.mask.sum()) for batch in batches)
+    generator = torch.Generator(net.device).manual_seed(seed)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
+    kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
+    inputs = {layer: _Sum(_kind(asked.inputs, net.widths[layer])) for layer in layers}
+    outputs = {layer: _Sum(_kind(asked.outputs, net.hidden)) for layer in layers}
+    at = 0
+    with settled(net.model):
+        for number, batch in enumerate(batches):
+            with torch.enable_grad(), net.watch(layers) as watched:
+                logits = net.logits(batch).float()
+                said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
+                loss = F.cross_entropy(logits, said, reduction="sum")
+                made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in layers])
+            real = batch.mask.reshape(-1).bool()
+            rows = kept[at : at + int(real.sum())].to(net.device)
+            at += len(rows)
+            for layer, slope in zip(layers, made, strict=True):
+                inputs[layer].add(watched.inputs[layer].detach().reshape(len(real), -1)[real], rows)
+                outputs[layer].add(slope.reshape(len(real), -1)[real], rows)
+            progress(number + 1, len(batches))
+    return Statistics(
+        {layer: inputs[layer].moment(count) for layer in layers},
+        {layer: outputs[layer].moment(count) for layer in layers},
+        name,
+        count,
+    )
+
+
+class _Sum:
+    """A moment while its rows come in."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.total: Tensor | None = None
+        self.rows: list[Tensor] = []
+
+    def add(self, x: Tensor, sampled: Tensor) -> None:
+        x = x.float()
+        if self.kind == "sampled":
+            self.rows.append(x[sampled].cpu())
+            return
+        part = x.T @ x if self.kind == "full" else x.square().sum(dim=0)
+        self.total = part if self.total is None else self.total + part
+
+    def moment(self, count: int) -> Moment:
+        if self.kind == "sampled":
+            return Moment("sampled", torch.cat(self.rows))
+        assert self.total is not None
+        mean = (self.total / count).cpu()
+        return Moment.identity(len(mean), float(mean.mean())) if self.kind == "none" else Moment(self.kind, mean)
+
+
+def _serialise(statistics: Statistics, key: str) -> bytes:
+    tensors = {}
+    for part, moments in (("inputs", statistics.inputs), ("outputs", statistics.outputs)):
+        for layer, moment in moments.items():
+            tensors[f"{part}.{layer}"] = moment.values.contiguous()
+    digest = _digest(tensors)
+    record = json.dumps({"key": key, "digest": digest, "tokens": statistics.tokens}, sort_keys=True)
+    return safetensors.torch.save(tensors, {"lmrepair": record})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(bytes(tensor.contiguous().view(torch.uint8).numpy()))
+    return state.hexdigest()
+
+
+def _load(path: Path, key: str, kinds: Mapping[int, tuple[str, str]], name: str) -> Statistics | None:
+    """The statistics in a file, or None where it is missing, damaged, or for something else."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
+            tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if not isinstance(record, dict) or record.get("key") != key or record.get("digest") != _digest(tensors):
+            return None
+        inputs = {layer: Moment(_stored(kind), tensors[f"inputs.{layer}"]) for layer, (kind, _) in kinds.items()}
+        outputs = {layer: Moment(_stored(kind), tensors[f"outputs.{layer}"]) for layer, (_, kind) in kinds.items()}
+        return Statistics(inputs, outputs, name, int(record["tokens"]))
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _stored(kind: str) -> str:
+    return "diagonal" if kind == "none" else kind
