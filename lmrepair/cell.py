@@ -252,7 +252,7 @@ class _Study:
             self.rows.heldout,
             self.references,
             self.cell.measures.every,
-            joint=method.mode == "multi-failure",
+            joint=method.mode == "multi-failure" and len(self.rows.failing) <= self.cell.measures.joint,
             texts=True,
         )
         return {

@@ -77,12 +77,13 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured beside the failures: how many held-out rows and look-alike neighbours, and of a
-    cumulative curve a point ``every`` so many repairs."""
+    """What is measured beside the failures: how many held-out rows and look-alike neighbours; of a cumulative
+    curve a point ``every`` so many repairs, and one joint solve beside it for up to ``joint`` failures."""
 
     heldout: int = 20
     neighbours: int = 5
     every: int = 10
+    joint: int = 50
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def _measures(table: Table) -> Measures:
         table.count("heldout", default.heldout),
         table.count("neighbours", default.neighbours),
         table.count("every", default.every, least=1),
+        table.count("joint", default.joint),
     )
     table.done()
     return spec
