@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
+from lmrepair.targeting import PATTERNS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
-PATTERNS = ("global", "even", "layer")
 
 
 @dataclass(frozen=True)
