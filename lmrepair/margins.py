@@ -23,10 +23,12 @@ SLOPES_AT_ONCE = 1 << 26  # numbers of slopes made by one backward pass: 256 MB 
 class Factors:
     """The gradients of one failure's open margins.
 
-    ``rows`` [s]: which of the N positions. ``inputs``: layer → z [T, k]. ``slopes``: layer → g [s, T, d].
+    ``rows`` [s]: which of the N positions; ``first``: where the failure's begin. ``inputs``: layer → z [T, k].
+    ``slopes``: layer → g [s, T, d].
     """
 
     rows: Tensor
+    first: int
     inputs: Mapping[int, Tensor]
     slopes: Mapping[int, Tensor]
 
@@ -44,13 +46,14 @@ def read_margins(
     sites: Sites,
     focus: Tensor | None,
     margin: float | None,
-    choose: Callable[[Preference, slice], tuple[Tensor, Tensor]] | None = None,
+    choose: Callable[[Batch, Preference, slice], tuple[Tensor, Tensor]] | None = None,
 ) -> Margins:
     """One forward pass over each batch, and a backward pass for as many rows as its failures have open margins.
 
     Open is a position in ``focus`` [N] (None: all) that is not preferred by more than ``margin``; with
-    ``margin`` None, every position of the focus is. ``choose`` decides otherwise: given what a batch's
-    positions (a slice of the N) prefer, it says which are open, and which of them to read gradients of.
+    ``margin`` None, every position of the focus is. ``choose`` decides otherwise: given a batch,
+    what its positions prefer and which slice of the N they are, it says which are open, and which of
+    them to read gradients of.
     """
     preferences: list[Preference] = []
     factors: list[Factors] = []
@@ -66,7 +69,7 @@ def read_margins(
             preferences.append(preference)
             rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part]
             if margin is not None:
-                opened, read = choose(preference, part) if choose else (~(preference.gap < -margin),) * 2
+                opened, read = choose(batch, preference, part) if choose else (~(preference.gap < -margin),) * 2
                 done = done and not bool((rows & opened).any())
                 rows = rows & read
             else:
@@ -120,6 +123,7 @@ def _factors(
         found.append(
             Factors(
                 own + first,
+                first + int((batch.owner < index).sum()),
                 {layer: inputs[layer][index, :length].index_select(1, places[layer]).float() for layer in sites.layers},
                 {
                     layer: part[: len(own), index, :length].float().clone()

@@ -25,6 +25,7 @@ CLOSE = 0.2  # share of the last rise below which what is missing is solved for 
 STAY = 0.5  # share of its margin that a position keeps that was right
 RIDGE = 1e-3  # of the mean diagonal of the system
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
+SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
 EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
 
@@ -68,10 +69,9 @@ class MinKl(Targeted):
 
         if margin is None or memory is None:
             return read_margins(net, batches, sites, focus, margin, self._first if margin is not None else None)
-        alone = len(batches) == 1
-        return read_margins(net, batches, sites, focus, margin, lambda now, part: memory.open(now, part, alone))
+        return read_margins(net, batches, sites, focus, margin, memory.open)
 
-    def _first(self, preference: Preference, _: slice) -> tuple[Tensor, Tensor]:
+    def _first(self, _: Batch, preference: Preference, __: slice) -> tuple[Tensor, Tensor]:
         """Mistakes are open; positions preferred by less than the margin are read with them, to keep what they have."""
         return ~(preference.gap < 0), ~(preference.gap < -self.margin)
 
@@ -83,8 +83,7 @@ class MinKl(Targeted):
         changes = self._changes(problem, state)
         if self.neurons and not problem.step:
             chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
-            state = replace(_State.of(problem, chosen), aims=state.aims, floors=state.floors)
-            state = state.linearised(reading.factors)
+            state = _State.of(problem, chosen).aimed(problem, self.margin).linearised(reading.factors)
             changes = self._changes(problem, state)
         deltas = {
             layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
@@ -96,13 +95,12 @@ class MinKl(Targeted):
         """Layer → change [k, d]."""
         import torch
 
-        weights = not_negative(state.system, state.rise(problem))
+        ridge = RIDGE * state.system.diagonal().mean() * torch.eye(len(state.system)).to(state.system)
+        weights = not_negative(state.system + ridge, state.rise(problem)).float()
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
-            for weight, item in zip(
-                weights.split([len(item.rows) for item in state.whitened]), state.whitened, strict=True
-            ):
-                mixed = torch.einsum("s,std->td", weight.float(), item.slopes[layer])
+            for weight, item in zip(weights.split([len(item.rows) for item in state.items]), state.items, strict=True):
+                mixed = torch.einsum("s,std->td", weight, item.slopes[layer])
                 part = item.inputs[layer].T @ mixed
                 changes[layer] = changes[layer] + part if layer in changes else part
         return changes
@@ -113,9 +111,9 @@ class _State:
     """What the steps of one problem share.
 
     ``places``: layer → which of the sites' neurons are written to; ``inputs``, ``outputs``: the metric there.
-    Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. Of the last
-    linearisation: ``whitened`` factors, ``system`` [n, n], and ``short``, by how much it was to raise the
-    margin that lacked most.
+    Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened
+    gradients of each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and
+    ``short`` by how much the last step was to raise the margin that lacked most.
     """
 
     places: Mapping[int, Tensor]
@@ -123,48 +121,9 @@ class _State:
     outputs: Mapping[int, Inverse]
     aims: Any = None
     floors: Any = None
-    whitened: tuple[Factors, ...] = ()
+    items: tuple[Factors, ...] = ()
     system: Any = None
     short: float = 0.0
-
-    def aimed(self, problem: Problem, margin: float) -> _State:
-        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
-        gap = problem.reading.preference.gap
-        aim = AIM * margin + SPARE
-        aims = (-gap).clamp(max=aim).where(gap < 0, aim)
-        return replace(self, aims=aims, floors=(aims * STAY).where(gap < 0, margin).clamp(max=margin))
-
-    def rise(self, problem: Problem) -> Tensor:
-        """By how much the linearised margins are to rise, [n]; negative where there is room."""
-        missing: Tensor = self.aims + problem.reading.preference.gap
-        return missing[self.rows].double()
-
-    def open(self, preference: Preference, part: slice, alone: bool) -> tuple[Tensor, Tensor]:
-        """Which positions are open now, and of which gradients are read: none where the old ones still serve."""
-        opened = ~(preference.gap < -self.floors[part])
-        read = ~(preference.gap < -self.aims[part])
-        if alone and bool(opened.any()):
-            known = set(self.rows.tolist())
-            small = bool((self.aims + preference.gap)[opened].max() < CLOSE * self.short)
-            if small and known.issuperset(opened.nonzero().squeeze(1).tolist()):
-                return opened, opened & False
-        return opened, read
-
-    @property
-    def rows(self) -> Tensor:
-        """The positions whose margins are linearised, [n]."""
-        import torch
-
-        return torch.cat([item.rows for item in self.whitened])
-
-    def linearised(self, factors: Sequence[Factors]) -> _State:
-        """The system of these margins: what is solved until they are read again."""
-        import torch
-
-        whitened = tuple(self.whiten(item) for item in factors)
-        system = kernel([self.restrict(item) for item in factors], whitened)
-        ridge = RIDGE * system.diagonal().mean() * torch.eye(len(system), dtype=system.dtype, device=system.device)
-        return replace(self, whitened=whitened, system=system + ridge)
 
     @staticmethod
     def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
@@ -177,6 +136,64 @@ class _State:
         inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
         return _State(chosen, inverses, metric.outputs)
 
+    def aimed(self, problem: Problem, margin: float) -> _State:
+        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
+        gap = problem.reading.preference.gap
+        aim = AIM * margin + SPARE
+        aims = (-gap).clamp(max=aim).where(gap < 0, aim)
+        return replace(self, aims=aims, floors=(aims * STAY).where(gap < 0, margin).clamp(max=margin))
+
+    @property
+    def rows(self) -> Tensor:
+        """The positions whose margins are linearised, [n]."""
+        import torch
+
+        return torch.cat([item.rows for item in self.items])
+
+    def rise(self, problem: Problem) -> Tensor:
+        """By how much the linearised margins are to rise, [n]; negative where there is room."""
+        missing: Tensor = self.aims + problem.reading.preference.gap
+        return missing[self.rows].double()
+
+    def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
+        """Which positions are open now, and of which gradients are read anew.
+
+        That is: of failures with open positions, unless little is missing where it was read before.
+        """
+        import torch
+
+        opened = ~(preference.gap < -self.floors[part])
+        near = ~(preference.gap < -self.aims[part])
+        known = torch.zeros(len(self.floors), dtype=torch.bool, device=opened.device)
+        known[self.rows] = True
+        missing = self.aims[part] + preference.gap
+        stale = opened & ~(known[part] & (missing < CLOSE * self.short))
+        failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
+        failures[batch.owner[stale]] = True
+        return opened, near & failures[batch.owner]
+
+    def linearised(self, factors: Sequence[Factors]) -> _State:
+        """With some failures read anew: their gradients take the place of the old ones, in the system too."""
+
+        fresh = [self.restrict(item) for item in factors]
+        white = [self.whiten(item) for item in fresh]
+        again = {item.first for item in factors}
+        kept = [index for index, item in enumerate(self.items) if item.first not in again]
+        items = [self.items[index] for index in kept] + white
+        columns = kernel(items, fresh)
+        old = len(columns) - columns.shape[1]
+        sizes = [len(item.rows) for item in self.items]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        places = [row for index in kept for row in range(starts[index], starts[index] + sizes[index])]
+        system = columns.new_zeros(len(columns), len(columns))
+        if places:
+            system[:old, :old] = self.system[places][:, places]
+        system[:, old:] = columns
+        system[old:] = columns.T
+        corner = columns[old:]
+        system[old:, old:] = (corner + corner.T) / 2
+        return replace(self, items=tuple(items), system=system)
+
     def restrict(self, item: Factors) -> Factors:
         inputs = {
             layer: z if len(self.places[layer]) == z.shape[1] else z[:, self.places[layer].to(z.device)]
@@ -186,34 +203,40 @@ class _State:
 
     def whiten(self, item: Factors) -> Factors:
         """z C⁻¹ and g F⁻¹."""
-        kept = self.restrict(item)
         return replace(
             item,
-            inputs={layer: self.inputs[layer].apply(z) for layer, z in kept.inputs.items()},
-            slopes={layer: self.outputs[layer].apply(g) for layer, g in kept.slopes.items()},
+            inputs={layer: self.inputs[layer].apply(z) for layer, z in item.inputs.items()},
+            slopes={layer: self.outputs[layer].apply(g) for layer, g in item.slopes.items()},
         )
 
 
-def kernel(plain: Sequence[Factors], whitened: Sequence[Factors]) -> Tensor:
-    """K [N, N]: K_st = Σ_layers Σ_ij (g_si F⁻¹ g_tj) (z_i C⁻¹ z_j), in float64, failure by failure.
+def kernel(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
+    """K [n, r]: K_st = Σ_layers Σ_ij (g_si · g_tj) (z_i · z_j) in float64, one of the sides whitened by C⁻¹ and F⁻¹.
 
     That is how far one unit of weight on position t moves the margin of position s.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    blocks = []
-    for right in whitened:
-        column = []
-        for left in plain:
-            block: Any = 0
-            for layer, z in left.inputs.items():
-                near = z @ right.inputs[layer].T
-                carried = torch.einsum("ij,tjd->tid", near, right.slopes[layer])
-                block = block + left.slopes[layer].flatten(1) @ carried.flatten(1).T
-            column.append(block.double())
-        blocks.append(torch.cat(column))
-    system = torch.cat(blocks, dim=1)
-    return (system + system.T) / 2
+    rows = []
+    for begin in range(0, len(left), SIDE_BY_SIDE):
+        some = left[begin : begin + SIDE_BY_SIDE]
+        most = max(len(item.rows) for item in some)
+        total: Any = 0
+        for layer in some[0].inputs:
+            z = pad_sequence([item.inputs[layer] for item in some], batch_first=True)
+            g = z.new_zeros(len(some), most, z.shape[1], some[0].slopes[layer].shape[2])
+            for index, item in enumerate(some):
+                g[index, : len(item.rows), : item.slopes[layer].shape[1]] = item.slopes[layer]
+            flat = g.flatten(2)
+            blocks = []
+            for item in right:
+                near = z @ item.inputs[layer].T
+                carried = near[:, None] @ item.slopes[layer]
+                blocks.append(flat @ carried.flatten(2).transpose(1, 2))
+            total = total + torch.cat(blocks, dim=2).double()
+        rows += [total[index, : len(item.rows)] for index, item in enumerate(some)]
+    return torch.cat(rows)
 
 
 def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
