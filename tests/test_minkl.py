@@ -23,7 +23,7 @@ from lmrepair.margins import read_margins
 from lmrepair.methods import Problem, method_named
 from lmrepair.methods.minkl import AIM, RIDGE, SPARE, kernel, not_negative
 from lmrepair.moments import Metric, Moment, Statistics
-from lmrepair.net import settled
+from lmrepair.net import Sites, settled
 from lmrepair.statistics import gather
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
@@ -238,6 +238,22 @@ def test_targets_that_contradict_each_other_give_no_wild_step() -> None:
     for layer in range(LAYERS):
         assert bool(deltas[layer].isfinite().all())
         assert float(deltas[layer].norm()) < 50 * float(alone[layer].norm())
+
+
+def test_where_nothing_has_an_effect_nothing_moves() -> None:
+    """A layer whose coefficients are all zero: no step, and an honest end."""
+    net = oracle_models.net()
+    net.model.model.layers[1].mlp.up_proj.weight.zero_()
+    before = State.of(net)
+    method = MinKl(inputs="full", outputs="full", epochs=3)
+    given = problem(net, method, tokens_of(net), statistics(net, method))
+    only = Sites({1: torch.arange(WIDTH)})
+    with settled(net.model):
+        reading = method.read(net, given.batches, only, None, method.margin)
+    zeros = {1: given.deltas[1]}
+    deltas = method.solve(dataclasses.replace(given, sites=only, reading=reading, deltas=zeros)).deltas
+    assert torch.equal(deltas[1], zeros[1])
+    assert not before.changed(net)
 
 
 def test_a_step_needs_statistics() -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 AIM, SPARE = 1.25, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 RIDGE = 1e-3  # of the mean diagonal of the system
+LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
@@ -81,7 +82,8 @@ class MinKl(Targeted):
         system = kernel([state.restrict(item) for item in factors], whitened)
         rows = torch.cat([item.rows for item in factors])
         rise = AIM * self.margin + SPARE + problem.reading.preference.gap[rows].double()
-        ridge = RIDGE * system.diagonal().mean() * torch.eye(len(system), dtype=system.dtype, device=system.device)
+        mean = system.diagonal().mean().clamp(min=LEAST)
+        ridge = RIDGE * mean * torch.eye(len(system), dtype=system.dtype, device=system.device)
         weights = not_negative(system + ridge, rise).split([len(item.rows) for item in factors])
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
