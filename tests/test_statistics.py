@@ -323,6 +323,17 @@ def test_sampled_text_is_drawn_from_the_models_own_distribution() -> None:
     assert largest(chances - 1 / WORDS) > 0.05
 
 
+def test_sampled_text_keeps_the_unlikely_tokens() -> None:
+    """Beyond the fifty most likely ones, where a default of the library would cut."""
+    net, count = oracle_models.net(), 3000
+    made = net.sample(count, 1)
+    chances = oracle.logits(net.model, made[0].prompt)[0].softmax(0)
+    rare = chances.argsort(descending=True)[50:]
+    share, firsts = float(chances[rare].sum()), torch.tensor([item.target[0] for item in made])
+    assert share * count > 100
+    assert abs(float(torch.isin(firsts, rare).double().mean()) - share) < 5 * (share * (1 - share) / count) ** 0.5
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 REFERENCE = Reference("mine", ("for i in range(10):\n    print(i)\n", "x = 1\n"))
