@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lmrepair.drift import Reference, windows
 from lmrepair.failures import Tokens
+from lmrepair.files import write_atomically
 from lmrepair.fingerprint import fingerprint
 from lmrepair.methods import Asked
 from lmrepair.moments import Moment, Statistics
 from lmrepair.net import TOKENS_AT_ONCE, Net, settled
-from lmrepair.patchfile import write_atomically
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
 TEXTS, LENGTH = 64, 192  # how much text a model writes for its own statistics, in tokens

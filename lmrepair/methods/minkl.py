@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from lmrepair.margins import Factors, Margins
     from lmrepair.moments import Inverse
-    from lmrepair.net import Batch, Net, Sites
+    from lmrepair.net import Batch, Net, Preference, Sites
 
-AIM, SPARE = 1.25, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
+AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
+CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
+STAY = 0.5  # share of its margin that a position keeps that was right
 RIDGE = 1e-3  # of the mean diagonal of the system
 LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
@@ -55,39 +57,52 @@ class MinKl(Targeted):
         return Asked(self.inputs, self.outputs, self.samples, self.damping)
 
     def read(
-        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+        self,
+        net: Net,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None,
+        margin: float | None,
+        memory: _State | None = None,
     ) -> Margins:
         from lmrepair.margins import read_margins
 
-        return read_margins(net, batches, sites, focus, margin)
+        if margin is None or memory is None:
+            return read_margins(net, batches, sites, focus, margin, self._first if margin is not None else None)
+        alone = len(batches) == 1
+        return read_margins(net, batches, sites, focus, margin, lambda now, part: memory.open(now, part, alone))
+
+    def _first(self, preference: Preference, _: slice) -> tuple[Tensor, Tensor]:
+        """Mistakes are open; positions preferred by less than the margin are read with them, to keep what they have."""
+        return ~(preference.gap < 0), ~(preference.gap < -self.margin)
 
     def solve(self, problem: Problem) -> Step:
-        state = problem.memory if problem.step else _State.of(problem)
+        state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin)
+        reading: Margins = problem.reading  # type: ignore[assignment]
+        if reading.factors:
+            state = state.linearised(reading.factors)
         changes = self._changes(problem, state)
         if self.neurons and not problem.step:
-            state = _State.of(problem, {layer: _top(change, self.neurons) for layer, change in changes.items()})
+            chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
+            state = replace(_State.of(problem, chosen), aims=state.aims, floors=state.floors)
+            state = state.linearised(reading.factors)
             changes = self._changes(problem, state)
         deltas = {
             layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
             for layer, delta in problem.deltas.items()
         }
-        return Step(deltas, state)
+        return Step(deltas, replace(state, short=float(state.rise(problem).max())))
 
     def _changes(self, problem: Problem, state: _State) -> dict[int, Tensor]:
         """Layer → change [k, d]."""
         import torch
 
-        factors: tuple[Factors, ...] = problem.reading.factors  # type: ignore[attr-defined]
-        whitened = [state.whiten(item) for item in factors]
-        system = kernel([state.restrict(item) for item in factors], whitened)
-        rows = torch.cat([item.rows for item in factors])
-        rise = AIM * self.margin + SPARE + problem.reading.preference.gap[rows].double()
-        mean = system.diagonal().mean().clamp(min=LEAST)
-        ridge = RIDGE * mean * torch.eye(len(system), dtype=system.dtype, device=system.device)
-        weights = not_negative(system + ridge, rise).split([len(item.rows) for item in factors])
+        weights = not_negative(state.system, state.rise(problem))
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
-            for weight, item in zip(weights, whitened, strict=True):
+            for weight, item in zip(
+                weights.split([len(item.rows) for item in state.whitened]), state.whitened, strict=True
+            ):
                 mixed = torch.einsum("s,std->td", weight.float(), item.slopes[layer])
                 part = item.inputs[layer].T @ mixed
                 changes[layer] = changes[layer] + part if layer in changes else part
@@ -96,11 +111,62 @@ class MinKl(Targeted):
 
 @dataclass(frozen=True)
 class _State:
-    """What the steps of one problem share: which of the sites' neurons are written to, and the metric there."""
+    """What the steps of one problem share.
+
+    ``places``: layer → which of the sites' neurons are written to; ``inputs``, ``outputs``: the metric there.
+    Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. Of the last
+    linearisation: ``whitened`` factors, ``system`` [n, n], and ``short``, by how much it was to raise the
+    margin that lacked most.
+    """
 
     places: Mapping[int, Tensor]
     inputs: Mapping[int, Inverse]
     outputs: Mapping[int, Inverse]
+    aims: Any = None
+    floors: Any = None
+    whitened: tuple[Factors, ...] = ()
+    system: Any = None
+    short: float = 0.0
+
+    def aimed(self, problem: Problem, margin: float) -> _State:
+        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
+        gap = problem.reading.preference.gap
+        aim = AIM * margin + SPARE
+        aims = (-gap).clamp(max=aim).where(gap < 0, aim)
+        return replace(self, aims=aims, floors=(aims * STAY).where(gap < 0, margin).clamp(max=margin))
+
+    def rise(self, problem: Problem) -> Tensor:
+        """By how much the linearised margins are to rise, [n]; negative where there is room."""
+        missing: Tensor = self.aims + problem.reading.preference.gap
+        return missing[self.rows].double()
+
+    def open(self, preference: Preference, part: slice, alone: bool) -> tuple[Tensor, Tensor]:
+        """Which positions are open now, and of which gradients are read: none where the old ones still serve."""
+        opened = ~(preference.gap < -self.floors[part])
+        read = ~(preference.gap < -self.aims[part])
+        if alone and bool(opened.any()):
+            known = set(self.rows.tolist())
+            small = bool((self.aims + preference.gap)[opened].max() < CLOSE * self.short)
+            if small and known.issuperset(opened.nonzero().squeeze(1).tolist()):
+                return opened, opened & False
+        return opened, read
+
+    @property
+    def rows(self) -> Tensor:
+        """The positions whose margins are linearised, [n]."""
+        import torch
+
+        return torch.cat([item.rows for item in self.whitened])
+
+    def linearised(self, factors: Sequence[Factors]) -> _State:
+        """The system of these margins: what is solved until they are read again."""
+        import torch
+
+        whitened = tuple(self.whiten(item) for item in factors)
+        system = kernel([self.restrict(item) for item in factors], whitened)
+        mean = system.diagonal().mean().clamp(min=LEAST)
+        ridge = RIDGE * mean * torch.eye(len(system), dtype=system.dtype, device=system.device)
+        return replace(self, whitened=whitened, system=system + ridge)
 
     @staticmethod
     def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
