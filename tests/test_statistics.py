@@ -504,7 +504,7 @@ def test_an_interrupted_write_leaves_nothing(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmrepair.patchfile.os.replace", stop)
+    monkeypatch.setattr("lmrepair.files.os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         statistics_of(oracle_models.net(), ASKED, cache=tmp_path)
     assert not list(tmp_path.iterdir())
