@@ -1,8 +1,9 @@
-"""Fixtures of every test: no hub, one seed, and the shared data where it is there."""
+"""Fixtures of every test: no hub, one seed, a cache of its own, and the shared data where it is there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder where statistics are kept: never the user's, in this process or in those it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMREPAIR_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from lmrepair import (
     FineTune,
     Lora,
     Method,
+    MinKl,
     Mint,
     Net,
     Reference,
@@ -31,7 +32,9 @@ from lmrepair import (
 )
 from lmrepair.basis import Bases
 from lmrepair.methods import METHODS, Problem, Targeted, method_named
+from lmrepair.moments import Metric
 from lmrepair.net import settled
+from lmrepair.statistics import gather
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 # One row a method: how it is set up so that it repairs the tiny models.
@@ -44,6 +47,15 @@ TABLE: dict[str, Method] = {
     "star, one layer": Star(learning_rate=0.1, epochs=300, layers="one", share="1"),
     "star, global": Star(learning_rate=0.1, epochs=200, pattern="global"),
     "star, layer": Star(learning_rate=0.1, epochs=300, pattern="layer", share="1"),
+    "minkl": MinKl(),
+    "minkl, margin": MinKl(margin=3.0),
+    "minkl, sampled": MinKl(inputs="sampled", outputs="sampled", samples=64),
+    "minkl, diagonal": MinKl(inputs="diagonal", outputs="diagonal"),
+    "minkl, none": MinKl(inputs="none", outputs="none", epochs=40),
+    "minkl, few neurons": MinKl(neurons=12),
+    "minkl, one layer": MinKl(layers="one"),
+    "minkl, batch": MinKl(mode="batch"),
+    "minkl, iterative": MinKl(mode="iterative"),
     "mint": Mint(factor=0.1),
     "mint, basis": Mint(factor=0.3, variant="basis"),
     "mint, activation": Mint(factor=0.1, neurons="activation"),
@@ -75,8 +87,11 @@ def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = 
         reading = method.read(net, batches, sites, focus, None)
     everywhere = torch.ones(len(preference.gap), dtype=torch.bool)
     zeros = {layer: torch.zeros(len(columns), net.hidden) for layer, columns in sites.columns.items()}
-    bases = Bases.of(net, getattr(method, "gain", False))
-    return Problem(net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0)
+    bases, asked = Bases.of(net, getattr(method, "gain", False)), method.asks()
+    metric = None if asked is None else Metric.of(gather(net, net.sample(4, 40), asked, "test"), asked.damping)
+    return Problem(
+        net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0, metric=metric
+    )
 
 
 def near_miss(net: Net) -> Failure:
@@ -174,7 +189,7 @@ def test_a_margin_that_no_step_would_look_at_is_refused(name: str) -> None:
         method_named(name, early=False, margin=1.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "finetune", "lora", "star"])
+@pytest.mark.parametrize("name", ["sgd", "finetune", "lora", "star", "minkl"])
 def test_a_margin_holds_at_every_position(name: str) -> None:
     net = oracle_models.net()
     gaps = []

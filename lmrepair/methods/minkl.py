@@ -24,6 +24,7 @@ AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little bey
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
 STAY = 0.5  # share of its margin that a position keeps that was right
 RIDGE = 1e-3  # of the mean diagonal of the system
+LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
 EXCHANGES = 10  # of whole sets of constraints, before they go one by one
@@ -73,17 +74,22 @@ class MinKl(Targeted):
 
     def _first(self, _: Batch, preference: Preference, __: slice) -> tuple[Tensor, Tensor]:
         """Mistakes are open; positions preferred by less than the margin are read with them, to keep what they have."""
-        return ~(preference.gap < 0), ~(preference.gap < -self.margin)
+        return ~(preference.gap < -self._asked), ~(preference.gap < -self.margin)
+
+    @property
+    def _asked(self) -> float:
+        """The margin below which a position is asked for more. Solved in turn, all need slack for what comes later."""
+        return 0.0 if self.mode == "multi-failure" else self.margin
 
     def solve(self, problem: Problem) -> Step:
-        state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin)
+        state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
         reading: Margins = problem.reading  # type: ignore[assignment]
         if reading.factors:
             state = state.linearised(reading.factors)
         changes = self._changes(problem, state)
         if self.neurons and not problem.step:
             chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
-            state = _State.of(problem, chosen).aimed(problem, self.margin).linearised(reading.factors)
+            state = _State.of(problem, chosen).aimed(problem, self.margin, self._asked).linearised(reading.factors)
             changes = self._changes(problem, state)
         deltas = {
             layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
@@ -95,7 +101,8 @@ class MinKl(Targeted):
         """Layer → change [k, d]."""
         import torch
 
-        ridge = RIDGE * state.system.diagonal().mean() * torch.eye(len(state.system)).to(state.system)
+        mean = state.system.diagonal().mean().clamp(min=LEAST)
+        ridge = RIDGE * mean * torch.eye(len(state.system)).to(state.system)
         weights = not_negative(state.system + ridge, state.rise(problem)).float()
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
@@ -136,12 +143,13 @@ class _State:
         inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
         return _State(chosen, inverses, metric.outputs)
 
-    def aimed(self, problem: Problem, margin: float) -> _State:
+    def aimed(self, problem: Problem, margin: float, asked: float) -> _State:
         """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
         gap = problem.reading.preference.gap
         aim = AIM * margin + SPARE
-        aims = (-gap).clamp(max=aim).where(gap < 0, aim)
-        return replace(self, aims=aims, floors=(aims * STAY).where(gap < 0, margin).clamp(max=margin))
+        right = gap < -asked
+        aims = (-gap).clamp(max=aim).where(right, aim)
+        return replace(self, aims=aims, floors=(aims * STAY).where(right, margin).clamp(max=margin))
 
     @property
     def rows(self) -> Tensor:
