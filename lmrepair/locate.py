@@ -20,9 +20,11 @@ def locate(net: Net, batches: Sequence[Batch], preference: Preference, targeting
     """Choose the neurons that a method may change for the mistakes of these batches."""
     targeting.check()
     share = share_of(targeting.share, "share")
-    count = 1 if targeting.layers == "one" else max(1, math.ceil(share_of(targeting.layers, "layers") * net.layers))
+    count = targeting.layer_count(net.layers)
     layers = list(range(net.layers))
-    if count < net.layers:
+    if targeting.upper:
+        layers = layers[-count:]
+    elif count < net.layers:
         losses = skipped_losses(net, batches, preference)
         layers = sorted(losses.argsort(descending=True, stable=True)[:count].tolist())
     if share == 1 and targeting.pattern != "layer":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,7 +16,8 @@ class Targeting:
     """How much of the model a method may write to.
 
     ``layers``: the share of layers whose loss suffers most when their FFN is skipped ("one" or a
-    fraction up to 1). ``share``: the share of neurons, taken by attribution in one of the PATTERNS:
+    fraction up to 1), or the upper ones, whatever they do: "last", or "upper" and a fraction.
+    ``share``: the share of neurons, taken by attribution in one of the PATTERNS:
     "global" (over all layers together), "even" (in each layer), "layer" (in the most responsible layer).
     """
 
@@ -28,8 +30,18 @@ class Targeting:
         if self.pattern not in PATTERNS:
             raise UsageError(f"unknown pattern {self.pattern!r}; known: {', '.join(PATTERNS)}")
         share_of(self.share, "share")
-        if self.layers != "one":
-            share_of(self.layers, "layers")
+        self.layer_count(1)
+
+    @property
+    def upper(self) -> bool:
+        """Whether layers are taken from the top, not by what skipping them does."""
+        return self.layers == "last" or self.layers.startswith("upper ")
+
+    def layer_count(self, layers: int) -> int:
+        """How many of a model's layers these are. Raises UsageError for what is no share."""
+        if self.layers in ("one", "last"):
+            return 1
+        return max(1, math.ceil(share_of(self.layers.removeprefix("upper "), "layers") * layers))
 
 
 def share_of(text: str, option: str) -> Fraction:

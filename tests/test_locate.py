@@ -99,6 +99,18 @@ def test_the_layers_that_hurt_most_are_kept(layers: str, count: int) -> None:
     assert all(torch.equal(sites.columns[layer], torch.arange(48)) for layer in sites.layers)
 
 
+UPPER = {"last": (2,), "upper 1/3": (2,), "upper 1/2": (1, 2), "upper 1": (0, 1, 2)}
+
+
+@pytest.mark.parametrize("layers", UPPER)
+def test_upper_layers_are_taken_from_the_top(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    monkeypatch.setattr("lmrepair.locate.skipped_losses", lambda *_: pytest.fail("nothing is skipped for these"))
+    assert locate(net, *read(net), Targeting(layers=layers)).layers == UPPER[layers]
+    with pytest.raises(UsageError, match="'many' is no share"):
+        Targeting(layers="upper many").check()
+
+
 def test_layers_that_hurt_alike_are_kept_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     net = oracle_models.net()
     losses = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)

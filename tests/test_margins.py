@@ -147,13 +147,16 @@ def test_done_is_when_nothing_in_the_focus_is_open(net: Net, wanted: tuple[Tenso
 @pytest.mark.parametrize("per_pass", [1, 2, 3])
 def test_fewer_slopes_at_once_are_the_same_slopes(net: Net, per_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(net)
-    (batch,) = net.batches(tokens_of(net))
+    longest_text = max(len(item.ids) for item in tokens_of(net))
     passes = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k.get("grad_outputs")) or grad(*a, **k))
-    monkeypatch.setattr(module, "SLOPES_AT_ONCE", per_pass * batch.ids.numel() * net.hidden * LAYERS)
+    monkeypatch.setattr(module, "SLOPES_AT_ONCE", per_pass * longest_text * net.hidden * LAYERS)
     parts = read(net)
-    assert max(len(seeds) for seeds in passes if seeds is not None) == per_pass
+    # On a CPU the failures are read one by one: a shorter one has room for more in a pass.
+    seeds = [given for given in passes if given is not None]
+    assert min(map(len, seeds)) <= per_pass
+    assert len(seeds) > len(whole.factors)
     for one, other in zip(whole.factors, parts.factors, strict=True):
         assert torch.equal(one.rows, other.rows)
         for layer in range(LAYERS):
