@@ -62,6 +62,10 @@ class Run:
     def passes(self) -> bool:
         return self.judged is not None and self.judged.passes
 
+    @property
+    def broken(self) -> tuple[Tokens, ...]:
+        return (*self.judged.full.broken, *self.judged.verdict.broken) if self.judged is not None else ()
+
 
 @dataclass(frozen=True)
 class Search:
@@ -75,20 +79,20 @@ class Search:
     def run(self) -> list[Run]:
         """All runs made, at most ``Gate.solves``; the first is for all failures.
 
-        A patch that is refused for what it broke is solved once more with that among the rows to keep. If no
-        scale of it will do, the failures that cost most are left out: how many, by bisection on their number.
+        A patch that is refused for what it broke is solved once more with that among the rows to keep, and then
+        with all earlier repairs among them. If no scale of it will do, the failures that cost most are left
+        out: how many, by bisection on their number.
         """
         whole = range(len(self.tokens))
-        kept = self.guard.memory
+        kept: tuple[Tokens, ...] = ()
         runs = [self._one(whole, kept)]
-        first = runs[0].judged
-        if first is not None and not first.passes:
-            lost = tuple(item for item in (*first.full.broken, *first.verdict.broken) if item not in kept)
-            if lost and self.guard.gate.solves > 1:
-                kept = (*kept, *dict.fromkeys(lost))
-                runs.append(self._one(whole, kept))
-            runs += self._fewer(runs[-1], kept, self.guard.gate.solves - len(runs))
-        return runs
+        for everything in ((), self.guard.memory):
+            more = tuple(item for item in dict.fromkeys((*runs[-1].broken, *everything)) if item not in kept)
+            if runs[-1].passes or not runs[-1].broken or not more or len(runs) == self.guard.gate.solves:
+                break
+            kept += more
+            runs.append(self._one(whole, kept))
+        return runs + self._fewer(runs[-1], kept, self.guard.gate.solves - len(runs))
 
     def _fewer(self, last: Run, kept: Sequence[Tokens], solves: int) -> list[Run]:
         if last.judged is None or last.passes:

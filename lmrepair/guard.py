@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from lmrepair.diagnosis import check, diagnose
+from lmrepair.diagnosis import diagnose
 from lmrepair.drift import Reference, measure_drift_by_kind, read_kinds
 from lmrepair.errors import FailuresError, WrongModelError
 from lmrepair.failures import Tokens, prompt_ids
@@ -93,8 +93,8 @@ class Judgement:
 class Guard:
     """A gate with what the net says before the repair: what must stay, token by token.
 
-    ``protected`` comes out in greedy text now; ``memory`` holds now, in greedy text and under teacher
-    forcing. ``given``: how many protected prompts and earlier repairs there were, held or not.
+    ``protected`` comes out in greedy text now, and ``clear`` of it under teacher forcing too; ``memory``
+    holds under teacher forcing. ``given``: how many protected prompts and earlier repairs there were.
     """
 
     net: Net
@@ -119,8 +119,7 @@ class Guard:
             for item in patch.items
             if item.repaired
         }
-        _, held = check(net, list(earlier.values()))
-        memory = tuple(item for item, holds in zip(earlier.values(), held, strict=True) if holds)
+        memory = tuple(item.tokens for item in diagnose(net, list(earlier.values())) if not item.mistakes)
         protected = present(net, gate.protect)
         for kept, what in ((memory, "an earlier repair in memory"), (protected, "a protected prompt")):
             _refuse_opposites(failures, kept, what)
@@ -131,7 +130,12 @@ class Guard:
     def weigh(self, changes: Changes, scale: float) -> Verdict:
         """What the changes times ``scale`` do that they must not; the net is as it was afterwards."""
         with Scaled(changes, scale).on(self.net):
-            broken = self._broken()
+            found = diagnose(self.net, [*self.memory, *self.clear])
+            broken = tuple(item.tokens for item in found if item.mistakes)
+            unwritten = () if broken else self._unwritten((*self.memory, *self.protected))
+        if unwritten:
+            before = self._unwritten(unwritten)  # earlier repairs that a near tie keeps from being written
+            broken = tuple(item for item in unwritten if item not in before)
         if broken:
             return Verdict(scale, self._said(broken), broken)
         if self.gate.max_kl == math.inf:
@@ -145,16 +149,11 @@ class Guard:
             )
         return Verdict(scale, (), (), kl)
 
-    def _broken(self) -> tuple[Tokens, ...]:
-        """What must stay and does not come out of the net as it is now; without greedy text if reading shows some."""
-        found = diagnose(self.net, [*self.memory, *self.clear])
-        mistaken = tuple(item.tokens for item in found if item.mistakes)
-        if mistaken:
-            return mistaken
-        kept = (*self.memory, *self.protected)
+    def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
+        """What the net as it is now does not write in free greedy text."""
         with settled(self.net.model):
             written = self.net.generate(kept)
-        return tuple(item for item, text in zip(kept, written, strict=True) if text[: len(item.target)] != item.target)
+        return tuple(item for item, text in zip(kept, written, strict=True) if text != item.target)
 
     def _said(self, broken: Sequence[Tokens]) -> tuple[str, ...]:
         parts = []

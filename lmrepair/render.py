@@ -197,8 +197,11 @@ def gate_text(data: dict[str, Any] | None) -> list[str]:
     if data["refused"]:
         lines.append(f"           refused as solved: {visible('; '.join(data['refused']), None)}")
         solves = f"{data['solves']} solve{'s' * (data['solves'] > 1)}, {data['weighed']} scales looked at"
-        kept = f"kept at {data['scale']:.0%} of its size" if data["scale"] else "nothing is kept"
-        lines.append(f"           {kept}, {len(data['dropped'])} failures left out ({solves})")
+        count = len(data["dropped"])
+        whole = "what was solved last is kept whole" if count else "what was solved then is kept whole"
+        shrunk = f"kept at {data['scale']:.0%} of its size"
+        kept = "nothing is kept" if not data["scale"] else whole if data["scale"] == 1 else shrunk
+        lines.append(f"           {kept}, {count} failure{'s' * (count != 1)} left out ({solves})")
     elif data["scale"]:
         worst = next(iter(data["kl"].items()), None)
         seen = f", worst KL {worst[1]:.5f} on {visible(worst[0], None)}" if worst else ""
