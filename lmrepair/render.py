@@ -198,9 +198,8 @@ def gate_text(data: dict[str, Any] | None) -> list[str]:
         lines.append(f"           refused as solved: {visible('; '.join(data['refused']), None)}")
         solves = f"{data['solves']} solve{'s' * (data['solves'] > 1)}, {data['weighed']} scales looked at"
         count = len(data["dropped"])
-        whole = "what was solved last is kept whole" if count else "what was solved then is kept whole"
-        shrunk = f"kept at {data['scale']:.0%} of its size"
-        kept = "nothing is kept" if not data["scale"] else whole if data["scale"] == 1 else shrunk
+        size = "whole" if data["scale"] == 1 else f"at {data['scale']:.0%} of its size"
+        kept = f"{'solved again and ' * (data['solves'] > 1)}kept {size}" if data["scale"] else "nothing is kept"
         lines.append(f"           {kept}, {count} failure{'s' * (count != 1)} left out ({solves})")
     elif data["scale"]:
         worst = next(iter(data["kl"].items()), None)

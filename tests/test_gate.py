@@ -252,7 +252,7 @@ def test_memory_is_checked_even_where_the_solve_does_not_keep_it(monkeypatch: py
     between = State.of(net)
     real = loop._attempt
     monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:5]))
-    wild = Star(learning_rate=1.0, epochs=100)
+    wild, refused = Star(learning_rate=1.0, epochs=100), 0
     for failure in MORE:
         broke = repair(net, [failure], wild, ONE)
         lost = not says(net.model, first.items[0].tokens)
@@ -263,7 +263,9 @@ def test_memory_is_checked_even_where_the_solve_does_not_keep_it(monkeypatch: py
         assert result.gate is not None
         if broke.patch is not None and lost:
             assert "1 of 1 earlier repairs" in result.gate.refused[0]
+            refused += 1
         sound(result, net, between)
+    assert refused
 
 
 def test_what_is_called_repaired_holds_in_greedy_text_at_the_scale_that_is_kept(
@@ -535,6 +537,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     for name, rows in (("a", ROWS[:1]), ("b", ROWS[1:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+    Path("text.txt").write_text("for name in names:\n    print(name)\n", encoding="utf-8")
+
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lmrepair", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
@@ -554,21 +558,25 @@ def test_the_commands_gate(run: Any) -> None:
     code, out, _ = run("show", "a.patch.safetensors", "--json")
     assert json.loads(out)["gate"] == first["gate"]
 
-    code, out, _ = run("repair", "a.jsonl", "--max-kl", "1e-7", "--output", "none.safetensors")
+    code, out, _ = run(
+        "repair", "a.jsonl", "--reference", "text.txt", "--max-kl", "1e-7", "--output", "none.safetensors"
+    )
     assert code == 1
     assert "gate       KL at most 1e-07 nats/token" in out
     assert "nothing is kept, 1 failure left out" in out
     assert not Path("none.safetensors").exists()
 
-    code, out, _ = run("repair", "a.jsonl", "--max-kl", "inf", "--output", "free.safetensors", "--json")
+    code, out, _ = run(
+        "repair", "a.jsonl", "--reference", "text.txt", "--max-kl", "inf", "--output", "free.safetensors", "--json"
+    )
     assert (json.loads(out)["gate"]["max_kl"], json.loads(out)["gate"]["kl"]) == (None, {})
     for flags in (["--preset", "paper"], ["--alone", "--output", "folder"]):
-        assert json.loads(run("repair", "a.jsonl", *flags, "--json")[1])["gate"] is None
+        assert json.loads(run("repair", "a.jsonl", "--reference", "text.txt", *flags, "--json")[1])["gate"] is None
 
     Path("protect.jsonl").write_text('{"prompt": "import os\\n\\npath = os."}\n', encoding="utf-8")
     assert run("apply", "a.patch.safetensors", "--model", MODEL, "--output", "patched")[0] == 0
     flags = ["--memory", "a.patch.safetensors", "--protect", "protect.jsonl"]
-    code, out, _ = run("repair", "b.jsonl", "--model", "patched", *flags, "--json")
+    code, out, _ = run("repair", "b.jsonl", "--reference", "text.txt", "--model", "patched", *flags, "--json")
     gate = json.loads(out)["gate"]
     assert (gate["protected"], gate["memory"], gate["memory_unwatched"]) == (1, 1, 0)
     assert run("apply", "b.patch.safetensors", "--model", "patched", "--output", "twice")[0] == 0
@@ -577,7 +585,9 @@ def test_the_commands_gate(run: Any) -> None:
     code, _, err = run("repair", "b.jsonl", "--memory", "a.jsonl")
     assert code == 2
     assert "a.jsonl: not a patch" in err
-    code, out, _ = run("repair", "b.jsonl", "--alone", "--max-kl", "1e-7", "--output", "folder2", "--json")
+    code, out, _ = run(
+        "repair", "b.jsonl", "--reference", "text.txt", "--alone", "--max-kl", "1e-7", "--output", "folder2", "--json"
+    )
     assert (code, json.loads(out)["gate"]["refused"][0][:5]) == (1, "KL is")
 
 
