@@ -189,7 +189,7 @@ def gate_text(data: dict[str, Any] | None) -> list[str]:
         count, not_so = data[name], data[f"{name}_unwatched"]
         if count or not_so:
             aside = f" ({not_so} more are not as described now, and are not watched)" if not_so else ""
-            parts.append(f"{count} {what}{aside}")
+            parts.append(f"{count} {what if count != 1 else what[:-1]}{aside}")
     lines = [f"gate       {', '.join(parts)}"]
     if "whole" in data:
         counts = f"{data['whole']} patches pass as solved, {data['shrunk']} shrunk, {data['refused']} do not"

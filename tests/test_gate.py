@@ -298,6 +298,30 @@ def test_what_is_called_repaired_holds_in_greedy_text_at_the_scale_that_is_kept(
     assert [item.repaired for item in result.patch.items] == [False, True]
 
 
+@pytest.mark.parametrize("remembered", [True, False])
+def test_what_must_stay_is_written_freely_too(remembered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy text differs from what reading shows, for what must stay and in any patched net only."""
+    net = oracle_models.net()
+    first = repair(net, FAILURES[:1], STAR, ONE).patch
+    assert first is not None
+    untouched = State.of(net)
+    protect = () if remembered else (Protected(FAILURES[0]),)
+    gate = Gate(math.inf, (), protect, (first,) if remembered else ())
+    spoilt, real = first.items[0].tokens, net.generate
+
+    def generate(tokens: Any) -> Any:
+        patched = untouched.changed(net)
+        made = zip(tokens, real(tokens), strict=True)
+        return [(0, *text[1:]) if patched and item.prompt == spoilt.prompt else text for item, text in made]
+
+    monkeypatch.setattr(net, "generate", generate)
+    result = repair(net, FAILURES[1:3], STAR, ONE, gate=gate)
+    assert result.gate is not None
+    assert f"1 of 1 {'earlier repairs' if remembered else 'protected prompts'}" in result.gate.refused[0]
+    sound(result, net, untouched)
+    assert result.patch is None
+
+
 # --- bisection and dropping -------------------------------------------------------------------------
 
 
