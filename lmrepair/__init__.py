@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     )
     from lmrepair.evaluation import Answer, Scores, answers, evaluate, scores
     from lmrepair.failures import Failure, Template, read_failures
+    from lmrepair.gate import Gate, Protected, read_protected
+    from lmrepair.gating import Gated
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
     from lmrepair.methods import FineTune, Lora, Method, MinKl, Mint, Sgd, Star
@@ -35,6 +37,8 @@ _HOME = {
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
     "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
+    "gate": ("Gate", "Protected", "read_protected"),
+    "gating": ("Gated",),
     "methods": ("FineTune", "Lora", "Method", "MinKl", "Mint", "Sgd", "Star"),
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
@@ -48,6 +52,8 @@ __all__ = [
     "Failure",
     "FailuresError",
     "FineTune",
+    "Gate",
+    "Gated",
     "LmrepairError",
     "Lora",
     "Method",
@@ -59,6 +65,7 @@ __all__ = [
     "Outcome",
     "Patch",
     "PatchError",
+    "Protected",
     "Reference",
     "Repair",
     "Scores",
@@ -74,6 +81,7 @@ __all__ = [
     "measure_drift",
     "measure_drift_by_kind",
     "read_failures",
+    "read_protected",
     "read_reference",
     "repair",
     "repair_each",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lmrepair.drift import Drift, Reference, measure_drift
 from lmrepair.failures import Failure
+from lmrepair.gate import Gate
 from lmrepair.loop import Progress, Repair, repair_each, with_drift
 from lmrepair.methods import Method
 from lmrepair.net import Net
@@ -17,7 +18,13 @@ HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 
 
 def repair_alone(
-    net: Net, rows: Sequence[Failure], method: Method, reference: Reference, target: Path | None, progress: Progress
+    net: Net,
+    rows: Sequence[Failure],
+    method: Method,
+    reference: Reference,
+    target: Path | None,
+    progress: Progress,
+    gate: Gate | None = None,
 ) -> tuple[list[Repair], list[PatchSize], list[Drift], bool]:
     """Repair each failure from the untouched net; patches that repair go into the folder ``target``.
 
@@ -28,7 +35,7 @@ def repair_alone(
     drifts: list[Drift] = []
     held: list[Repair] = []
     saved = 0
-    for one in repair_each(net, rows, method):
+    for one in repair_each(net, rows, method, gate=gate):
         made.append(replace(one, patch=None))
         progress("repairs", len(made), len(rows))
         if one.patch is not None:

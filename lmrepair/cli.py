@@ -17,7 +17,7 @@ import typer
 
 from lmrepair import render, render_measures, studies
 from lmrepair.bars import progress_bars
-from lmrepair.errors import LmrepairError, UsageError
+from lmrepair.errors import LmrepairError
 from lmrepair.methods import DEFAULT
 from lmrepair.options import (
     SHIPPED,
@@ -39,8 +39,10 @@ from lmrepair.options import (
     Text,
     Trust,
     Wrap,
+    chosen_gate,
     chosen_method,
     read_references,
+    refuse_unwritable,
     with_method_options,
 )
 
@@ -135,6 +137,9 @@ def repair(
     output: Path | None = None,
     failing: int | None = None,
     reference: Path | None = None,
+    max_kl: float | None = None,
+    protect: Path | None = None,
+    memory: list[Path] | None = None,
     template: str | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -144,10 +149,11 @@ def repair(
     as_json: bool = False,
     **settings: Any,
 ) -> None:
-    """Repair a model's failures and save the patch: locate the neurons, solve, check, measure the drift."""
+    """Repair failures and save the patch: locate the neurons, solve, check, pass the gate, measure the drift."""
     chosen = chosen_method(method, preset, seed, settings)
     target = output or (None if alone else Path(f"{failures.stem}.patch.safetensors"))
-    _refuse_unwritable(target, alone)
+    refuse_unwritable(target, alone)
+    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None)
     rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
     from lmrepair.alone import repair_alone
     from lmrepair.diagnosis import diagnose as find
@@ -159,9 +165,9 @@ def repair(
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
     with progress_bars() as progress:
         if alone:
-            repairs, sizes, drifts, saved = repair_alone(net, rows, chosen, text, target, progress)
+            repairs, sizes, drifts, saved = repair_alone(net, rows, chosen, text, target, progress, gate)
         else:
-            repairs = [repair_together(net, rows, chosen, text, progress)]
+            repairs = [repair_together(net, rows, chosen, text, progress, gate=gate)]
             patches = [one.patch for one in repairs if one.patch is not None]
             sizes = [render.PatchSize.of(patch) for patch in patches]
             drifts = [one.drift for one in repairs if one.drift is not None]
@@ -176,21 +182,6 @@ def repair(
 
 def _all_right(data: dict[str, Any]) -> bool:
     return bool(data["repaired"] == data["failing"]) and not any(item["after"] for item in data["items"])
-
-
-def _refuse_unwritable(target: Path | None, folder: bool) -> None:
-    """Find out before the work, not after it, that the result has no place to go."""
-    if target is None:
-        return
-    if folder and target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; with --alone, --output is the folder for one patch a failure")
-    if not folder and target.is_dir():
-        raise UsageError(f"{target} is a folder; expected the patch file to write")
-    above = target.absolute() if folder else target.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
 
 
 app.command(name="repair")(with_method_options(repair))

@@ -126,7 +126,7 @@ def read_lines(path: str | Path) -> Iterable[tuple[int, dict[str, Any]]]:
             reason = getattr(error, "msg", "nested too deeply")
             raise FailuresError(f"{where}: broken JSON ({reason}); expected one object a line") from error
         if not isinstance(row, dict):
-            raise FailuresError(f"{where}: found {_kind(row)}; expected an object with prompt and target")
+            raise FailuresError(f"{where}: found {kind_of(row)}; expected an object with prompt and target")
         yield number, row
 
 
@@ -142,7 +142,7 @@ def read_failures(path: str | Path, template: Template | str | None = None, limi
     for number, row in read_lines(path):
         if limit is not None and len(failures) >= limit:
             break
-        failure = _failure(row, number, f"{path}, line {number}")
+        failure = read_failure(row, number, f"{path}, line {number}")
         if failure.id in lines:
             raise FailuresError(
                 f"{path}, line {number}: id {failure.id!r} is already used on line {lines[failure.id]}; ids are unique"
@@ -154,7 +154,8 @@ def read_failures(path: str | Path, template: Template | str | None = None, limi
     return failures
 
 
-def _failure(row: dict[str, Any], number: int, where: str) -> Failure:
+def read_failure(row: Mapping[str, Any], number: int, where: str) -> Failure:
+    """One row of JSON lines as a failure; ``where`` is named in the FailuresError that says what is wrong with it."""
     if ("prompt" in row) == ("messages" in row):
         found = "both prompt and messages" if "prompt" in row else _unknown(row)
         raise FailuresError(f"{where}: {found}; expected one of prompt and messages")
@@ -163,17 +164,17 @@ def _failure(row: dict[str, Any], number: int, where: str) -> Failure:
     prompt, target = row.get("prompt", ""), row["target"]
     for key, value in (("prompt", prompt), ("target", target)):
         if not isinstance(value, str):
-            raise FailuresError(f"{where}: {key} is {_kind(value)}; expected text")
+            raise FailuresError(f"{where}: {key} is {kind_of(value)}; expected text")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise FailuresError(f"{where}: {key} has half of a surrogate pair; expected well-formed Unicode")
     if not target:
         raise FailuresError(f"{where}: the target is empty; expected the right completion")
     identity = row.get("id", str(number))
     if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
-        raise FailuresError(f"{where}: id is {_kind(identity)}; expected text or a whole number")
+        raise FailuresError(f"{where}: id is {kind_of(identity)}; expected text or a whole number")
     paraphrases = row.get("paraphrases", [])
     if not isinstance(paraphrases, list) or not all(isinstance(text, str) for text in paraphrases):
-        raise FailuresError(f"{where}: paraphrases is {_kind(paraphrases)}; expected a list of texts")
+        raise FailuresError(f"{where}: paraphrases is {kind_of(paraphrases)}; expected a list of texts")
     return Failure(prompt, target, str(identity), tuple(paraphrases), _messages(row.get("messages"), where))
 
 
@@ -214,14 +215,7 @@ def tokenize(failure: Failure, tokenizer: PreTrainedTokenizerBase, context: int 
     a continuation of its own. Raises FailuresError for a target longer than ``context`` leaves room
     for, or that the tokenizer cannot write.
     """
-    text, special = failure.prompt, True
-    if failure.messages:
-        text, special = _chat(failure, tokenizer), False
-    prompt = _encode(tokenizer, text, special)
-    if not prompt:
-        raise FailuresError(
-            f"failure {failure.id!r}: the prompt has no tokens and the tokenizer adds none; expected at least one"
-        )
+    text, special, prompt = _prompt(failure, tokenizer)
     target = _target_ids(tokenizer, prompt, text, failure.target, special)
     unknown = tokenizer.unk_token_id
     if not target or (unknown is not None and unknown != tokenizer.eos_token_id and unknown in target):
@@ -235,6 +229,24 @@ def tokenize(failure: Failure, tokenizer: PreTrainedTokenizerBase, context: int 
             f"the model's context is {context}; shorten them"
         )
     return Tokens(failure.id, tuple(prompt), tuple(target))
+
+
+def prompt_ids(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of the prompt alone, as ``tokenize`` gives them; the target is not looked at."""
+    return tuple(_prompt(failure, tokenizer)[2])
+
+
+def _prompt(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, list[int]]:
+    """The prompt as text, whether special tokens go around it, and its ids."""
+    text, special = failure.prompt, True
+    if failure.messages:
+        text, special = _chat(failure, tokenizer), False
+    ids = _encode(tokenizer, text, special)
+    if not ids:
+        raise FailuresError(
+            f"failure {failure.id!r}: the prompt has no tokens and the tokenizer adds none; expected at least one"
+        )
+    return text, special, ids
 
 
 def _chat(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -279,7 +291,7 @@ def _target_ids(
     return []
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}

@@ -1,4 +1,4 @@
-"""The loop: diagnose → locate → solve → apply → check → keep or undo. The file to read first."""
+"""The loop: diagnose → locate → solve → apply → check → gate → keep or undo. The file to read first."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from lmrepair.basis import Bases
-from lmrepair.diagnosis import Diagnosis, Mistake, diagnoses
+from lmrepair.diagnosis import Diagnosis, Mistake, check, diagnoses
 from lmrepair.drift import Drift, Reference, measure_drift, read_reference
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
-from lmrepair.methods import Method, Problem, Star
-from lmrepair.moments import Metric, Statistics
-from lmrepair.net import Batch, Net, Preference, Sites, settled
+from lmrepair.gate import Gate
+from lmrepair.gating import Gated, Search, Solved, best_of, gated, why
+from lmrepair.guard import Guard, Scaled
+from lmrepair.methods import Method, Star
+from lmrepair.moments import Statistics
+from lmrepair.net import Batch, Net, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
-from lmrepair.statistics import statistics_of
+from lmrepair.solver import Known, Solver
 from lmrepair.trial import Change, Trial
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
@@ -38,7 +38,7 @@ class Outcome:
     """What became of one failure. ``reason`` says why it is not repaired, with advice; empty if it is.
 
     ``before`` and ``after`` are its mistakes under teacher forcing; ``after`` counts the repair's attempt
-    even where that was undone.
+    even where that was undone, unless the gate undid it.
     """
 
     failure: Failure
@@ -62,7 +62,8 @@ class Cost:
 
     A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
     same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards,
-    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair.
+    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair, and
+    ``gate_seconds`` what the gate took beside solving again.
     """
 
     seconds: float
@@ -70,17 +71,22 @@ class Cost:
     check_seconds: float
     steps: int
     statistics_seconds: float = 0.0
+    gate_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Repair:
-    """The result: one outcome per failure, the patch (None if nothing was repaired), its drift and cost."""
+    """The result: one outcome per failure, the patch (None if nothing was repaired), its drift and cost.
+
+    ``gate``: what the gate did (None: there was none).
+    """
 
     method: Method
     outcomes: tuple[Outcome, ...]
     patch: Patch | None
     drift: Drift | None
     cost: Cost
+    gate: Gated | None = None
 
     @property
     def failing(self) -> int:
@@ -102,6 +108,7 @@ def repair(
     reference: Reference | None = None,
     progress: Progress = quiet,
     statistics: Statistics | None = None,
+    gate: Gate | None = None,
 ) -> Repair:
     """Repair all failures together in one patch, and leave the net with that patch applied.
 
@@ -111,7 +118,11 @@ def repair(
     A method that needs ``statistics`` of reference text has them gathered from text the model writes by
     itself, once for each model, unless they are given.
 
-    Raises FailuresError for failures that contradict each other or do not fit the model.
+    With a ``gate`` the patch is kept only if it passes; it is shrunk until it does, or made again without
+    the failures that cost most. Without one, any patch that repairs something is kept.
+
+    Raises FailuresError for failures that contradict each other, what the gate protects, or do not fit the
+    model; WrongModelError for a gate's memory of another model.
     Source of the method's maths: arXiv 2503.12899.
     """
     for first, second in contradictions(failures):
@@ -120,8 +131,9 @@ def repair(
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
     method = method or Star()
-    known = _Known.of(net, method, statistics, progress)
-    attempt = _attempt(net, failures, method, known, progress)
+    known = Known.of(net, method, statistics, progress)
+    guard = Guard.of(net, gate, reference, net.tokenize(failures)) if gate is not None else None
+    attempt = _kept(net, failures, method, known, guard, progress)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
@@ -138,16 +150,19 @@ def repair_each(
     method: Method | None = None,
     progress: Progress = quiet,
     statistics: Statistics | None = None,
+    gate: Gate | None = None,
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
     Yields a Repair per failure, in order, without drift; its patch is the attempt's, whether or not it
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
+    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does.
     """
     method = method or Star()
-    known = _Known.of(net, method, statistics, progress)
+    known = Known.of(net, method, statistics, progress)
+    guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
     for failure in failures:
-        attempt = _attempt(net, [failure], method, known, progress)
+        attempt = _kept(net, [failure], method, known, guard, progress)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
@@ -171,13 +186,14 @@ class _Attempt:
     outcomes: tuple[Outcome, ...]
     changes: Mapping[int, Change]
     cost: Cost
+    gate: Gated | None = None
 
     @property
     def repaired(self) -> bool:
         return any(outcome.failing and outcome.repaired for outcome in self.outcomes)
 
     def result(self, patch: Patch | None) -> Repair:
-        return Repair(self.method, self.outcomes, patch, None, self.cost)
+        return Repair(self.method, self.outcomes, patch, None, self.cost, self.gate)
 
     def patch(self, net: Net) -> Patch:
         items = tuple(
@@ -193,32 +209,64 @@ class _Attempt:
             for outcome in self.outcomes
         )
         versions = {name: version(name) for name in ("lmrepair", "torch", "transformers")}
-        made = Made(net.name, self.method.name, self.method.settings(), {}, versions)
+        gate = self.gate.data() if self.gate is not None else {}
+        made = Made(net.name, self.method.name, self.method.settings(), {}, versions, gate)
         changed = {layer: change.columns for layer, change in self.changes.items()}
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What is made once for a net and a method: semantic bases, and the metric if the method asks for one."""
+def _kept(
+    net: Net, failures: Sequence[Failure], method: Method, known: Known, guard: Guard | None, progress: Progress
+) -> _Attempt:
+    """The attempt that passes the gate, at the scale and with the failures that it passes with."""
+    if guard is None:
+        return _attempt(net, failures, method, known, progress)
+    attempts: list[_Attempt] = []
 
-    bases: Bases
-    metric: Metric | None
-    seconds: float
+    def solve(chosen: Sequence[int], kept: Sequence[Tokens]) -> Solved:
+        attempt = _attempt(net, [failures[index] for index in chosen], method, known, progress, kept)
+        attempts.append(attempt)
+        found = list(zip(chosen, attempt.outcomes, strict=True))
+        fixed = tuple(index for index, outcome in found if outcome.failing and outcome.repaired)
+        return Solved(attempt.changes, fixed, tuple(index for index, outcome in found if not outcome.failing))
 
-    @staticmethod
-    def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> _Known:
-        bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
-        asked, began = method.asks(), time.perf_counter()
-        if asked is None:
-            return _Known(bases, None, 0.0)
-        if statistics is None:
-            statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
-        return _Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
+    began = time.perf_counter()
+    tokens = net.tokenize(failures)
+    runs = Search(guard, tokens, solve, lambda number: progress("gate", number - 1, number)).run()
+    first, best = attempts[0], best_of(runs)
+    record = gated(guard, runs, best)
+    changes = Scaled(best.solved.changes, record.scale).made(net) if best is not None else {}
+    outcomes = first.outcomes
+    if runs[0].judged is not None and not (best is runs[0] and record.scale == 1):
+        with Scaled(changes, 1.0).on(net):
+            after, greedy = check(net, tokens)
+        outcomes = _gated_outcomes(first.outcomes, after, greedy, method, why(runs, best))
+    lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
+    spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
+    cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
+    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)))
 
 
-def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Known, progress: Progress) -> _Attempt:
-    """Diagnose, locate, solve, apply and check; the weights are as they were afterwards."""
+def _gated_outcomes(
+    first: Sequence[Outcome], after: Sequence[Diagnosis], greedy: Sequence[bool], method: Method, refusal: str
+) -> tuple[Outcome, ...]:
+    """What became of the failures with exactly the patch that is kept; without one, with the net as it was."""
+    found = []
+    for old, now, same in zip(first, after, greedy, strict=True):
+        reason = _reason(now, same, method, old.failing)
+        found.append(
+            replace(old, after=now.mistakes, reason=refusal if reason and old.failing and old.repaired else reason)
+        )
+    return tuple(found)
+
+
+def _attempt(
+    net: Net, failures: Sequence[Failure], method: Method, known: Known, progress: Progress, kept: Sequence[Tokens] = ()
+) -> _Attempt:
+    """Diagnose, locate, solve, apply and check; the weights are as they were afterwards.
+
+    ``kept`` holds now and takes part in the solve, so that the method repairs it where it breaks.
+    """
     tokens = net.tokenize(failures)
     with settled(net.model):
         began = time.perf_counter()
@@ -229,10 +277,11 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Know
             return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
         sites = method.sites(net, batches, preference)
         with Trial(net, sites) as trial:
-            solver = _Solver(net, method, known, sites, trial, progress)
-            solver.solve(tokens, before)
+            solver = Solver(net, method, known, sites, trial, progress)
+            rows = [*tokens, *kept]
+            solver.solve(rows, [*before, *(Diagnosis(item, ()) for item in kept)])
             seconds = time.perf_counter() - began
-            after, greedy = solver.check(tokens)
+            after, greedy = check(net, tokens)
             check_seconds = time.perf_counter() - began - seconds
             # In other company, or token by token, rounding can turn a near tie round.
             for _ in range(MARGIN_ROUNDS):
@@ -240,9 +289,10 @@ def _attempt(net: Net, failures: Sequence[Failure], method: Method, known: _Know
                     break
                 solver.method = replace(solver.method, margin=solver.method.margin + SPARE_MARGIN)
                 began = time.perf_counter() - seconds
-                solver.solve(tokens, diagnoses(batches, net.prefer(batches), solver.method.margin))
+                everything = net.batches(rows)
+                solver.solve(rows, diagnoses(everything, net.prefer(everything), solver.method.margin))
                 seconds = time.perf_counter() - began
-                after, greedy = solver.check(tokens)
+                after, greedy = check(net, tokens)
             changes = trial.changes(solver.deltas)
         outcomes = tuple(
             Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
@@ -287,114 +337,8 @@ def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
     return median(times)
 
 
-class _Solver:
-    """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
-
-    def __init__(self, net: Net, method: Method, known: _Known, sites: Sites, trial: Trial, progress: Progress) -> None:
-        self.net, self.method, self.known, self.sites = net, method, known, sites
-        self.trial, self.progress = trial, progress
-        # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
-        self.deltas: Mapping[int, Tensor] = {
-            layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
-            for layer, columns in sites.columns.items()
-        }
-        self.steps = 0
-        self.converged = False  # whether the last problem ended because nothing was left to do
-
-    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis]) -> None:
-        """Work on the failures that have mistakes, in the method's mode."""
-        if self.method.mode == "multi-failure" or len(tokens) == 1 and self.method.mode == "batch":
-            self._run(self.net.batches(tokens))
-            return
-        work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
-        batches = self.net.batches(tokens)
-        best, kept = -1, self.deltas
-        for _ in range(self.method.rounds if self.method.early else 1):
-            start = self.deltas
-            for number, item in enumerate(found):
-                self.progress("failures", number, len(found))
-                if item.mistakes:
-                    work(item.tokens)
-            found = diagnoses(batches, self.net.prefer(batches), self.method.margin)
-            right = sum(not item.mistakes for item in found)
-            if right > best:
-                best, kept = right, self.deltas
-            self.converged = self.method.early and right == len(found)
-            if self.converged:
-                return
-            if self.deltas is start:  # another round would do the same again
-                break
-        self.deltas = kept
-        self.trial.write(kept)
-
-    def _one(self, tokens: Tokens) -> None:
-        self._run(self.net.batches([tokens]))
-
-    def _iterate(self, tokens: Tokens) -> None:
-        """One mistake after another, in the order of the target."""
-        batches = self.net.batches([tokens])
-        position, memory = 0, None
-        while position < len(tokens.target):
-            (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
-            ahead = [mistake.position for mistake in found.mistakes if mistake.position >= position]
-            if not ahead:
-                return
-            focus = torch.zeros(len(tokens.target), dtype=torch.bool, device=self.net.device)
-            focus[ahead[0]] = True
-            memory = self._run(batches, focus, memory)
-            position = ahead[0] + 1
-
-    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None) -> Any:
-        """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays.
-
-        ``earlier`` is what the method remembers of the problem before; what it remembers now is returned.
-        """
-        method = self.method
-        margin = method.margin if method.early else None
-        rows = sum(len(batch.rows) for batch in batches)
-        everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
-        several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
-        start = self.deltas
-        best, kept, memory = -1, start, earlier
-        for step in range(method.epochs):
-            self.progress("steps", step, method.epochs)
-            reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
-            if several:
-                right = _right(batches, reading.preference)
-                if right > best:
-                    best, kept = right, self.deltas
-            self.converged = reading.done
-            if self.converged:
-                return memory
-            problem = Problem(
-                self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
-                self.deltas, self.known.bases, step, memory, self.known.metric,
-            )  # fmt: skip
-            answer = method.solve(problem)
-            self.deltas, memory = answer.deltas, answer.memory
-            self.trial.write(self.deltas)
-            self.steps += 1
-        if not several and not method.undoes:
-            return memory
-        now = self.net.prefer(batches)
-        if method.undoes:
-            kept, worse = start, not now.holds(focus, method.margin)
-        else:
-            worse = _right(batches, now) < best
-        if worse:
-            self.deltas = kept
-            self.trial.write(kept)
-        return earlier if worse and method.undoes else memory
-
-    def check(self, tokens: Sequence[Tokens]) -> tuple[list[Diagnosis], list[bool]]:
-        """Teacher-forced diagnosis of the patched net, and whether greedy decoding gives each target."""
-        batches = self.net.batches(tokens)
-        found = diagnoses(batches, self.net.prefer(batches))
-        right = [item.tokens for item in found if not item.mistakes]
-        made = iter(self.net.generate(right))
-        return found, [not item.mistakes and next(made) == item.tokens.target for item in found]
-
-
-def _right(batches: Sequence[Batch], preference: Preference) -> int:
-    """How many failures are preferred at every position."""
-    return sum(not item.mistakes for item in diagnoses(batches, preference))
+def _sum_of(attempts: Sequence[_Attempt]) -> Cost:
+    costs = [attempt.cost for attempt in attempts]
+    names = ("seconds", "forward_equivalents", "check_seconds", "steps")
+    total = {name: sum(getattr(cost, name) for cost in costs) for name in names}
+    return replace(costs[0], **total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmrepair.errors import UsageError
+from lmrepair.gate import ANSWER, MAX_KL, Gate, read_protected
 from lmrepair.methods import METHODS, Method, method_named
 
 if TYPE_CHECKING:
@@ -64,6 +66,52 @@ def read_references(given: Sequence[str]) -> list[Reference]:
     return found or read_kinds()
 
 
+_GATE = "The gate: when a patch is kept"
+_MAX_KL = (
+    f"Most KL on the worst kind of reference text, nats per token; inf: no limit. (default {MAX_KL:g}; "
+    "with --alone or --preset no gate, unless one of these three is given)"
+)
+_PROTECT = (
+    "JSON lines with prompts that must come out as before: with a target, if greedy text gives it now; without, "
+    f"the first {ANSWER} tokens (or length) of the present answer."
+)
+_MEMORY = "An earlier patch whose repairs must still hold where they hold now; repeatable."
+
+
+def chosen_gate(
+    max_kl: float | None,
+    protect: Path | None,
+    memory: Sequence[Path],
+    reference: Path | None,
+    template: str | None,
+    default: bool,
+) -> Gate | None:
+    """The gate that the options ask for; without any of them, the default one or (``default`` False) none."""
+    if max_kl is None and protect is None and not memory and not default:
+        return None
+    from lmrepair.drift import read_kinds
+    from lmrepair.patch import Patch
+
+    limit = MAX_KL if max_kl is None and default else float("inf") if max_kl is None else max_kl
+    protected = tuple(read_protected(protect, template)) if protect is not None else ()
+    return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
+
+
+def refuse_unwritable(target: Path | None, folder: bool) -> None:
+    """Find out before the work, not after it, that the result has no place to go."""
+    if target is None:
+        return
+    if folder and target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; with --alone, --output is the folder for one patch a failure")
+    if not folder and target.is_dir():
+        raise UsageError(f"{target} is a folder; expected the patch file to write")
+    above = target.absolute() if folder else target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
+
+
 def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
     """``repair`` with its options: the fixed ones, and one for every field of every method."""
     fixed = {
@@ -75,6 +123,9 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
         "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
         "reference": Text,
+        "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
+        "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
+        "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],
         "template": Wrap,
         "limit": Limit,
         "device": Device,

@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Made:
-    """How a patch came about: model, method with its settings, and what the reference text showed."""
+    """How a patch came about: model, method with its settings, what the reference text showed, what the gate did."""
 
     model: str
     method: str
     settings: Mapping[str, Any]
     drift: Mapping[str, Any]
     versions: Mapping[str, str]
+    gate: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Contents:
             "failures": [_item_out(item) for item in self.items],
             "drift": dict(self.made.drift),
             "versions": dict(self.made.versions),
+            **({"gate": dict(self.made.gate)} if self.made.gate else {}),
         }
         text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
         blank = safetensors.torch.save(tensors, {KEY: text})
@@ -174,6 +176,7 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(method["settings"]),
         dict(record["drift"]),
         dict(record["versions"]),
+        dict(record.get("gate", {})),
     )
     return Contents(dict(sorted(changes.items())), items, made, Fingerprint(_text(model["body"]), layers))
 

@@ -154,10 +154,58 @@ def repair_data(
             "forward_equivalents": _mean([repair.cost.forward_equivalents for repair in tried]),
             "forward_equivalents_median": _median([repair.cost.forward_equivalents for repair in tried]),
             "check_seconds": _mean([repair.cost.check_seconds for repair in tried]),
+            "gate_seconds": _mean([repair.cost.gate_seconds for repair in tried]),
             "steps": _mean([repair.cost.steps for repair in tried]),
         },
+        "gate": gate_data(repairs),
         "items": [item_data(outcome, decode) for outcome in outcomes],
     }
+
+
+def gate_data(repairs: Sequence[Repair]) -> dict[str, Any] | None:
+    """What the gate did: of one repair all of it; of many, how many patches passed whole, shrunk, or not."""
+    found = [repair.gate for repair in repairs if repair.gate is not None]
+    if not found:
+        return None
+    if len(repairs) == 1:
+        return found[0].data()
+    data = found[0].data()
+    watched = ("max_kl", "protected", "protected_unwatched", "memory", "memory_unwatched")
+    return {
+        **{name: data[name] for name in watched},
+        "whole": sum(one.scale == 1 for one in found),
+        "shrunk": sum(0 < one.scale < 1 for one in found),
+        "refused": sum(one.scale == 0 and bool(one.refused) for one in found),
+    }
+
+
+def gate_text(data: dict[str, Any] | None) -> list[str]:
+    """The same as lines."""
+    if data is None:
+        return ["gate       none (--max-kl, --protect and --memory set one)"]
+    limit = "no limit on KL" if data["max_kl"] is None else f"KL at most {data['max_kl']:g} nats/token"
+    parts = [limit]
+    for name, what in (("protected", "protected prompts"), ("memory", "earlier repairs")):
+        count, not_so = data[name], data[f"{name}_unwatched"]
+        if count or not_so:
+            aside = f" ({not_so} more are not as described now, and are not watched)" if not_so else ""
+            parts.append(f"{count} {what if count != 1 else what[:-1]}{aside}")
+    lines = [f"gate       {', '.join(parts)}"]
+    if "whole" in data:
+        counts = f"{data['whole']} patches pass as solved, {data['shrunk']} shrunk, {data['refused']} do not"
+        return [*lines, f"           {counts}"]
+    if data["refused"]:
+        lines.append(f"           refused as solved: {visible('; '.join(data['refused']), None)}")
+        solves = f"{data['solves']} solve{'s' * (data['solves'] > 1)}, {data['weighed']} scales looked at"
+        count = len(data["dropped"])
+        size = "whole" if data["scale"] == 1 else f"at {data['scale']:.0%} of its size"
+        kept = f"{'solved again and ' * (data['solves'] > 1)}kept {size}" if data["scale"] else "nothing is kept"
+        lines.append(f"           {kept}, {count} failure{'s' * (count != 1)} left out ({solves})")
+    elif data["scale"]:
+        worst = next(iter(data["kl"].items()), None)
+        seen = f", worst KL {worst[1]:.5f} on {visible(worst[0], None)}" if worst else ""
+        lines.append(f"           passed as solved{seen}")
+    return lines
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -185,11 +233,12 @@ def repair_text(data: dict[str, Any], texts: Sequence[tuple[str, str]], referenc
         size = f"{patch['neurons']:,.0f} neurons in {patch['layers']:.0f} layers, {_bytes(patch['bytes'])}"
         lines.append(f"patch      {where}: {size}")
     else:
-        lines.append("patch      none: nothing was repaired, the model is as it was")
+        lines.append("patch      none: nothing was repaired to be kept, the model is as it was")
     if drift:
         lines.append(
             f"drift      {drift_text(drift['kl'], drift['agreement'])} on {reference}, {drift['tokens']:,} tokens"
         )
+    lines += gate_text(data["gate"])
     forward = f"{cost['forward_equivalents']:.0f} forward equivalents, {cost['steps']:.0f} steps"
     lines.append(f"cost       {cost['seconds']:.2f} s, {forward} (greedy check {cost['check_seconds']:.2f} s)")
     return lines
@@ -223,6 +272,7 @@ def patch_data(patch: Patch) -> dict[str, Any]:
         "bytes": patch.size,
         "largest_delta": max(float(change.deltas.abs().max()) for change in patch.changes.values()),
         "drift": dict(patch.made.drift),
+        "gate": dict(patch.made.gate),
         "versions": dict(patch.made.versions),
         "fingerprint": patch.fingerprint.body,
         "failures": [
@@ -253,6 +303,10 @@ def patch_text(data: dict[str, Any]) -> list[str]:
     ]
     if drift:
         lines.append(f"drift      {drift_text(drift['kl'], drift['agreement'])} on {visible(str(drift['reference']))}")
+    if data["gate"]:
+        names = ("max_kl", "scale", "protected", "memory", "solves")
+        shown = ", ".join(f"{name} {data['gate'].get(name)}" for name in names)
+        lines.append(f"gate       passed ({visible(shown, None)})")
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     lines += [f"versions   {visible(versions, None)}", ""]
     for item in data["failures"]:
