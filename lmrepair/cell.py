@@ -18,7 +18,7 @@ import torch
 
 from lmrepair.cumulative import cumulative
 from lmrepair.diagnosis import diagnose
-from lmrepair.drift import LENGTH, Edit, Reference, measure_drift, read_kinds, read_reference
+from lmrepair.drift import LENGTH, Edit, Reference, measure_drift, named, read_kinds, read_reference
 from lmrepair.errors import FailuresError
 from lmrepair.evaluation import Answer, answers
 from lmrepair.failures import Failure, read_failures
@@ -104,6 +104,8 @@ def data_file(job: Job, name: str, embedded: str) -> Path:
 def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
     """Reference text of one kind (its rows, where a file has several), as short as the cell asks for."""
     path = None if spec.file == EMBEDDED else job.data / spec.file
+    if spec.template:
+        return _answered(net, spec, data_file(job, spec.file, "failures.jsonl"))
     kinds = [one for one in read_kinds(path) if one.name.split("@")[0] == spec.kind]
     whole = kinds[0] if kinds else read_reference(path, spec.kind)
     length = min(LENGTH, max(SHORTEST, spec.tokens // len(whole.texts)))
@@ -112,6 +114,17 @@ def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
         ids = net.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"][: length - 1]
         texts.append(str(net.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
     return replace(whole, texts=tuple(texts))
+
+
+def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
+    """Rows of a task, each with its answer, as reference text: the first that make up the tokens asked for."""
+    texts, left = [], spec.tokens
+    for row in read_failures(path, spec.template):
+        texts.append(row.prompt + row.target)
+        left -= len(net.tokenizer(texts[-1], verbose=False)["input_ids"])
+        if left <= 0:
+            break
+    return named(spec.kind, texts)
 
 
 def _rows(net: Net, job: Job) -> Rows:

@@ -18,7 +18,9 @@ from lmrepair.evaluation import Scores, answers, scores
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.loop import Outcome, Progress, quiet, repair, repair_each
 from lmrepair.methods import Method
+from lmrepair.moments import Statistics
 from lmrepair.net import Net
+from lmrepair.statistics import statistics_of
 from lmrepair.trial import Trial, put
 
 MOST = 100  # repairs in one run
@@ -101,6 +103,8 @@ def cumulative(
             f"failures {first.id!r} and {second.id!r} want different targets for one prompt; "
             "no model can give both: keep one"
         )
+    asked = method.asks()
+    statistics = statistics_of(net, asked) if asked else None
     run = _Run(net, net.tokenize(failures), net.tokenize(held_out), tuple(references), texts)
     with Trial(net, net.every_site()) as trial:
         run.untouched = _State(trial.originals)
@@ -108,20 +112,20 @@ def cumulative(
         points, outcomes = [], []
         for number, failure in enumerate(failures, start=1):
             progress("repairs", number - 1, len(failures))
-            outcomes.append(_repair(net, failure, method))
+            outcomes.append(_repair(net, failure, method, statistics))
             if number % every == 0 or number == len(failures):
                 points.append(run.point(outcomes, number))
         together = None
         if joint:
             progress("joint solve", 0, 1)
             run.untouched.write(net)
-            together = run.together(failures, method)
+            together = run.together(failures, method, statistics)
     return Cumulative(start, tuple(points), tuple(outcomes), together)
 
 
-def _repair(net: Net, failure: Failure, method: Method) -> Outcome:
-    """One repair, kept if it repairs."""
-    (result,) = repair_each(net, [failure], method)
+def _repair(net: Net, failure: Failure, method: Method, statistics: Statistics | None) -> Outcome:
+    """One repair, kept if it repairs; statistics are those of the untouched net."""
+    (result,) = repair_each(net, [failure], method, statistics=statistics)
     if result.patch is not None and result.repaired:
         for layer, change in result.patch.changes.items():
             put(net, layer, change.columns, change.patched())
@@ -153,10 +157,10 @@ class _Run:
             drift=self._drift(),
         )
 
-    def together(self, failures: Sequence[Failure], method: Method) -> Point:
+    def together(self, failures: Sequence[Failure], method: Method, statistics: Statistics | None) -> Point:
         """One joint solve from the untouched net, which ``repair`` leaves patched."""
         smallest = min(self.references, key=lambda one: sum(map(len, one.texts)), default=None)
-        result = repair(self.net, failures, method, smallest)
+        result = repair(self.net, failures, method, smallest, statistics=statistics)
         return self.point(result.outcomes, len(failures))
 
     def _held_out(self) -> Scores | None:

@@ -63,7 +63,7 @@ def read_reference(path: str | Path | None = None, kind: str = "") -> Reference:
     """
     source = Path(str(files("lmrepair") / "embedded" / "reference.jsonl")) if path is None else Path(path)
     texts = [text for _, text in _texts(source)]
-    return _named(kind or ("default" if path is None else source.name), texts)
+    return named(kind or ("default" if path is None else source.name), texts)
 
 
 def read_kinds(path: str | Path | None = None) -> list[Reference]:
@@ -72,10 +72,11 @@ def read_kinds(path: str | Path | None = None) -> list[Reference]:
     kinds: dict[str, list[str]] = {}
     for kind, text in _texts(source):
         kinds.setdefault(kind or source.stem, []).append(text)
-    return [_named(kind, texts) for kind, texts in kinds.items()]
+    return [named(kind, texts) for kind, texts in kinds.items()]
 
 
-def _named(kind: str, texts: Sequence[str]) -> Reference:
+def named(kind: str, texts: Sequence[str]) -> Reference:
+    """Texts as a reference: its kind with a digest of their content."""
     content = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return Reference(f"{kind}@{content}", tuple(texts))
 

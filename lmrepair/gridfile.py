@@ -54,6 +54,7 @@ class DriftSpec:
     kind: str
     file: str = EMBEDDED
     tokens: int = 2048
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,10 @@ def _drift(table: Table) -> DriftSpec:
     kind = table.text("kind", needed=True)
     if not re.fullmatch(r"[\w -]+", kind):
         raise UsageError(f"{table.where}: kind is {kind!r}; expected letters, digits, spaces, - and _")
-    spec = DriftSpec(kind, table.path("file", EMBEDDED), table.count("tokens", 2048, least=16))
+    spec = DriftSpec(kind, table.path("file", EMBEDDED), table.count("tokens", 2048, least=16), table.text("template"))
     table.done()
+    if spec.template:
+        Template.parse(spec.template)
     return spec
 
 
