@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from lmrepair.failures import Failure, Template, read_failures
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
-    from lmrepair.methods import FineTune, Lora, Method, MinKl, Mint, Sgd, Star
+    from lmrepair.methods import (
+        AlphaEdit,
+        Direct,
+        Emmet,
+        FineTune,
+        Lora,
+        Memit,
+        Method,
+        MinKl,
+        Mint,
+        Rome,
+        Sgd,
+        Star,
+    )
     from lmrepair.net import Net
     from lmrepair.patch import Patch
 
@@ -35,21 +48,38 @@ _HOME = {
     "patch": ("Patch",),
     "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
     "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
-    "methods": ("FineTune", "Lora", "Method", "MinKl", "Mint", "Sgd", "Star"),
+    "methods": (
+        "AlphaEdit",
+        "Direct",
+        "Emmet",
+        "FineTune",
+        "Lora",
+        "Memit",
+        "Method",
+        "MinKl",
+        "Mint",
+        "Rome",
+        "Sgd",
+        "Star",
+    ),  # fmt: skip
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AlphaEdit",
     "Answer",
     "Diagnosis",
+    "Direct",
     "Drift",
+    "Emmet",
     "Failure",
     "FailuresError",
     "FineTune",
     "LmrepairError",
     "Lora",
+    "Memit",
     "Method",
     "MinKl",
     "Mint",
@@ -61,6 +91,7 @@ __all__ = [
     "PatchError",
     "Reference",
     "Repair",
+    "Rome",
     "Scores",
     "Sgd",
     "Star",
