@@ -45,9 +45,14 @@ def read_slopes(net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor 
     return Slopes(joint, False, rows, slopes=torch.cat(slopes))
 
 
-def least_changes(slopes: Tensor, rises: Tensor) -> Tensor:
-    """The shortest changes R [N, d] of a state with ⟨slope, change⟩ = rise, in float64; no slope, no change."""
-    g = slopes.double()
-    squares = g.square().sum(dim=1)
-    scale = torch.where(squares > 0, rises.double() / torch.where(squares > 0, squares, 1.0), 0.0)
-    return g * scale[:, None]
+def scaled(directions: Tensor, slopes: Tensor, rises: Tensor) -> Tensor:
+    """Changes R [N, d] of a state along ``directions``, so long that ⟨slope, change⟩ = rise, in float64.
+
+    Where a direction does not raise its margin, the slope itself takes its place; no slope, no change.
+    """
+    b, g = directions.double(), slopes.double()
+    along = (b * g).sum(dim=1)
+    led = along > 1e-3 * b.norm(dim=1) * g.norm(dim=1)
+    b = torch.where(led[:, None], b, g)
+    along = torch.where(led, along, g.square().sum(dim=1))
+    return b * torch.where(along > 0, rises.double() / torch.where(along > 0, along, 1.0), 0.0)[:, None]

@@ -26,7 +26,8 @@ class Direct(Method):
     The wanted change R of the residual stream at a position is the least that raises its margin by what is
     missing, through the final norm and the head to first order. What lies between a layer and the end is
     taken as the identity (the direct path), so the layers' changes add up; one solve shares R out over
-    them at the least cost on reference text. Positions that hold are keys with R = 0. Repeated until repaired.
+    them at the least cost on reference text. Repeated until repaired; positions that become
+    wrong are keys of the next step.
     """
 
     name: ClassVar[str] = "direct"
@@ -35,6 +36,7 @@ class Direct(Method):
     margin: float = setting(1.0, "by how many logits a position must be preferred to count as done")
     span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
     ridge: float = setting(1e-3, "slack of the solve, as a share of its system's mean diagonal", positive=True)
+    gain: bool = setting(True, "fold the final norm's gain into the semantic bases")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
     samples: int = setting(512, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
@@ -57,15 +59,20 @@ class Direct(Method):
         return read_slopes(net, batches, sites, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
+        import torch
+
         from lmrepair.closed_form import Constraints
-        from lmrepair.direct_path import least_changes
+        from lmrepair.direct_path import scaled
 
         metrics = problem.memory if problem.memory is not None else self._metrics(problem)
         reading: Slopes = problem.reading  # type: ignore[assignment]
-        rise = reading.preference.gap + AIM * self.margin + SPARE
-        missing = rise * (problem.focus & ~(reading.preference.gap < -self.margin))
-        constraints = Constraints.of(reading.coefficients, metrics)
-        changes = constraints.solve(least_changes(reading.slopes, missing), self.ridge * constraints.scale)
+        gap = reading.preference.gap
+        short = problem.focus & ~(gap < -self.margin)
+        rises = gap[short] + AIM * self.margin + SPARE
+        constraints = Constraints.of({layer: z[short] for layer, z in reading.coefficients.items()}, metrics)
+        wanted = torch.cat([batch.wanted for batch in problem.batches])[short]
+        steers = problem.bases.steers(wanted, reading.preference.rival[short])
+        changes = constraints.solve(scaled(steers, reading.slopes[short], rises), self.ridge * constraints.scale)
         return Step({layer: problem.deltas[layer] + changes[layer] for layer in problem.deltas}, metrics)
 
     def _metrics(self, problem: Problem) -> Mapping[int, Apply]:
