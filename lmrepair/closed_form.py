@@ -55,13 +55,12 @@ class Constraints:
         return float(self.gram.diagonal().mean())
 
     def weights(self, wanted: Tensor, ridge: float = 0.0, cutoff: float = CUTOFF) -> Tensor:
-        """(Z M Zᵀ + εI)⁺ R [n, d], in float64."""
+        """(Z M Zᵀ + εI)⁺ R [n, d] in float64, R taken as what the keys can bring about."""
         values, vectors = torch.linalg.eigh(self.gram)
-        largest = values[-1].clamp(min=torch.finfo(torch.float64).tiny)
-        values = values.clamp(min=0) + ridge
         # The Gram matrix has squared singular values, and its own rounding noise at 1e-16 of the largest.
-        kept = values > max(cutoff**2, 1e-14) * largest
-        inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
+        least = max(cutoff**2, 1e-14) * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
+        # What is left out has no effect on the keys; a ridge alone would make it large all the same.
+        inverse = torch.where(values > least, 1.0 / (values.clamp(min=least) + ridge), 0.0)
         found: Tensor = vectors @ (inverse[:, None] * (vectors.T @ wanted.double()))
         return found
 

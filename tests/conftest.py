@@ -19,3 +19,9 @@ def shared() -> Path:
     if not (SHARED / "models" / "pycoder-8m").is_dir():
         pytest.skip("needs ../shared with pycoder-8m and its data, which users do not have")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Statistics are kept for the length of a run of tests, and never in the user's folder."""
+    os.environ["LMREPAIR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
