@@ -35,7 +35,7 @@ class Direct(Method):
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(1.0, "by how many logits a position must be preferred to count as done")
     span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
-    ridge: float = setting(1e-3, "slack of the solve, as a share of its system's mean diagonal", positive=True)
+    ridge: float = setting(0.1, "slack of the solve, as a share of its system's mean diagonal", positive=True)
     gain: bool = setting(True, "fold the final norm's gain into the semantic bases")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
     samples: int = setting(512, "reference positions that sampled moments keep", positive=True)

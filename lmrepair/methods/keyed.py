@@ -37,10 +37,10 @@ class Keyed(Method):
     )
 
     epochs: int = setting(3, "most steps for one problem", positive=True)
-    depth: float = setting(0.5, "where the last layer written to lies: 0 the model's first layer, 1 its last")
+    depth: float = setting(0.3, "where the last layer written to lies: 0 the model's first layer, 1 its last")
     values: int = setting(25, "most steps of the search for a value", positive=True)
     value_rate: float = setting(0.5, "Adam's rate there, in units of the FFN's output", positive=True)
-    decay: float = setting(0.01, "weight of the value's mean square in its search")
+    decay: float = setting(0.03, "weight of the value's mean square in its search")
     clamp: float = setting(4.0, "largest value, in units of the FFN's output", positive=True)
     essence: float = setting(0.0625, "weight, in that search, of the KL after the key's token without its context")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
