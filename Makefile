@@ -4,13 +4,18 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+# The whole study in small, and its page: under three minutes on two cores.
+bench: .venv/.test
+	$(BIN)/lmrepair bench benchmarks/smoke.toml --output build/smoke --jobs 2
+	$(BIN)/lmrepair report build/smoke --output build/smoke.html
 
 lint: .venv/.test
 	$(BIN)/ruff check .

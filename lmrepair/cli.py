@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmrepair import render, render_measures
+from lmrepair import render, render_measures, studies
 from lmrepair.bars import progress_bars
 from lmrepair.errors import LmrepairError, UsageError
 from lmrepair.methods import DEFAULT
@@ -271,6 +271,10 @@ def verify(
     ]
     _print(data, lines, as_json)
     raise typer.Exit(0 if result.verified else 1)
+
+
+app.command()(studies.bench)
+app.command()(studies.report)
 
 
 @app.command()

@@ -30,6 +30,10 @@ class WrongModelError(PatchError):
     """A sound patch, but not for the model (or the state of the model) it was offered to."""
 
 
+class ResultsError(LmrepairError):
+    """A folder of the bench's results that cannot be shown as it is."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to ``word``, or lists all of them."""
     names = sorted(known)

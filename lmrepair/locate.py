@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lmrepair.errors import UsageError
 from lmrepair.net import Batch, Net, Preference, Sites
-
-PATTERNS = ("global", "even", "layer")
-
-
-@dataclass(frozen=True)
-class Targeting:
-    """How much of the model a method may write to.
-
-    ``layers``: the share of layers whose loss suffers most when their FFN is skipped ("one" or a
-    fraction up to 1). ``share``: the share of neurons, taken by attribution in one of the PATTERNS:
-    "global" (over all layers together), "even" (in each layer), "layer" (in the most responsible layer).
-    """
-
-    layers: str = "1"
-    pattern: str = "even"
-    share: str = "1"
-
-
-def share_of(text: str, option: str) -> Fraction:
-    """A share in (0, 1] from "1/16" or "0.25". Raises UsageError for anything else."""
-    try:
-        share = Fraction(str(text).strip())
-    except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{option} {text!r} is no share; expected a number above 0 and up to 1, as in 1/16") from error
-    if not 0 < share <= 1:
-        raise UsageError(f"{option} {text!r} is out of range; expected a number above 0 and up to 1, as in 1/16")
-    return share
+from lmrepair.targeting import PATTERNS as PATTERNS
+from lmrepair.targeting import Targeting as Targeting
+from lmrepair.targeting import share_of as share_of
 
 
 def locate(net: Net, batches: Sequence[Batch], preference: Preference, targeting: Targeting) -> Sites:
     """Choose the neurons that a method may change for the mistakes of these batches."""
-    if targeting.pattern not in PATTERNS:
-        raise UsageError(f"unknown pattern {targeting.pattern!r}; known: {', '.join(PATTERNS)}")
+    targeting.check()
     share = share_of(targeting.share, "share")
     count = 1 if targeting.layers == "one" else max(1, math.ceil(share_of(targeting.layers, "layers") * net.layers))
     layers = list(range(net.layers))

@@ -358,7 +358,7 @@ class _Solver:
         best, kept, memory = -1, start, earlier
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
-            reading = method.read(self.net, batches, self.sites, focus, margin)
+            reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
             if several:
                 right = _right(batches, reading.preference)
                 if right > best:

@@ -8,7 +8,7 @@ margin with respect to the FFN output are kept, J is never formed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,12 @@ SLOPES_AT_ONCE = 1 << 26  # numbers of slopes made by one backward pass: 256 MB 
 class Factors:
     """The gradients of one failure's open margins.
 
-    ``rows`` [s]: which of the N positions. ``inputs``: layer → z [T, k]. ``slopes``: layer → g [s, T, d].
+    ``rows`` [s]: which of the N positions; ``first``: where the failure's begin. ``inputs``: layer → z [T, k].
+    ``slopes``: layer → g [s, T, d].
     """
 
     rows: Tensor
+    first: int
     inputs: Mapping[int, Tensor]
     slopes: Mapping[int, Tensor]
 
@@ -39,15 +41,23 @@ class Margins(Reading):
 
 
 def read_margins(
-    net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+    net: Net,
+    batches: Sequence[Batch],
+    sites: Sites,
+    focus: Tensor | None,
+    margin: float | None,
+    choose: Callable[[Batch, Preference, slice], tuple[Tensor, Tensor]] | None = None,
 ) -> Margins:
     """One forward pass over each batch, and a backward pass for as many rows as its failures have open margins.
 
     Open is a position in ``focus`` [N] (None: all) that is not preferred by more than ``margin``; with
-    ``margin`` None, every position of the focus is.
+    ``margin`` None, every position of the focus is. ``choose`` decides otherwise: given a batch,
+    what its positions prefer and which slice of the N they are, it says which are open, and which of
+    them to read gradients of.
     """
     preferences: list[Preference] = []
     factors: list[Factors] = []
+    done = True
     at = 0
     for batch in batches:
         part = slice(at, at + len(batch.rows))
@@ -57,9 +67,13 @@ def read_margins(
             with torch.no_grad():
                 preference = Preference.of(logits, batch.wanted)
             preferences.append(preference)
-            rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part].clone()
+            rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part]
             if margin is not None:
-                rows &= ~(preference.gap < -margin)
+                opened, read = choose(batch, preference, part) if choose else (~(preference.gap < -margin),) * 2
+                done = done and not bool((rows & opened).any())
+                rows = rows & read
+            else:
+                done = False
             if not bool(rows.any()):
                 continue
             picked = logits.float().gather(1, torch.stack([batch.wanted, preference.rival], dim=1))
@@ -69,7 +83,7 @@ def read_margins(
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
             factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start)
     joint = Preference.join(preferences)
-    return Margins(joint, not factors, factors=tuple(factors))
+    return Margins(joint, done, factors=tuple(factors))
 
 
 def _factors(
@@ -109,6 +123,7 @@ def _factors(
         found.append(
             Factors(
                 own + first,
+                first + int((batch.owner < index).sum()),
                 {layer: inputs[layer][index, :length].index_select(1, places[layer]).float() for layer in sites.layers},
                 {
                     layer: part[: len(own), index, :length].float().clone()

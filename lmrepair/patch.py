@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from lmrepair.errors import PatchError, WrongModelError
+from lmrepair.files import write_atomically
 from lmrepair.fingerprint import fingerprint
 from lmrepair.net import Net, Sites, settled
-from lmrepair.patchfile import Contents, read_contents, write_atomically
+from lmrepair.patchfile import Contents, read_contents
 from lmrepair.trial import Change, Trial, put, same_bits, take, uninterrupted
 
 

@@ -1,4 +1,4 @@
-"""The patch as a file: what it holds, how it is checked, and how it reaches the disk whole.
+"""The patch as a file: what it holds and how it is checked.
 
 docs/patch-format.md describes it field by field.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,29 +108,6 @@ def read_contents(path: Path) -> Contents:
         return _parse(record, tensors)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         raise PatchError(f"{path}: not a patch this version can read ({type(error).__name__}: {error})") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and flush it and its folder to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _stamp(blank: bytes) -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from lmrepair.drift import Reference, windows
 from lmrepair.failures import Tokens
+from lmrepair.files import write_atomically
 from lmrepair.fingerprint import fingerprint
 from lmrepair.methods import Asked
 from lmrepair.moments import Moment, Statistics
 from lmrepair.net import TOKENS_AT_ONCE, Net, settled
-from lmrepair.patchfile import write_atomically
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
 TEXTS, LENGTH = 64, 192  # how much text a model writes for its own statistics, in tokens
-FORMAT = 1
+FORMAT = 2
 
 Report = Callable[[int, int], None]
 
@@ -40,32 +41,35 @@ def statistics_of(
     """The statistics a method asks for, from text the model writes by itself and, if given, a reference too.
 
     Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
-    file that is damaged or for something else is made anew.
+    file that is damaged or for something else is made anew, and a folder that cannot be written to is done
+    without.
     """
-    name = f"{TEXTS} x {LENGTH} own tokens, seed {seed}" + (f", {reference.name}" if reference else "")
+    length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
+    name = f"{TEXTS} x {length} own tokens, seed {seed}" + (f", {reference.name}" if reference else "")
+    given = windows(net, reference.texts) if reference else []
     kinds = {
         layer: (_kind(asked.inputs, width), _kind(asked.outputs, net.hidden)) for layer, width in enumerate(net.widths)
     }
     model = fingerprint(net, {})
-    wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "samples": asked.samples,
-              "kinds": sorted(kinds.items()), "torch": torch.__version__}  # fmt: skip
+    read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
+    wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
+              "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__}  # fmt: skip
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     path = (cache or cache_folder()) / f"statistics-{key[:32]}.safetensors"
-    found = _load(path, key, kinds, name)
+    found = _load(path, key, net, kinds, name)
     if found is None:
         with settled(net.model):
-            tokens = net.sample(TEXTS, min(LENGTH, (net.anatomy.context or LENGTH) - 1), seed)
-        tokens += windows(net, reference.texts) if reference else []
-        found = gather(net, tokens, asked, name, seed, progress)
-        write_atomically(path, _serialise(found, key))
+            tokens = net.sample(TEXTS, length, seed)
+        found = gather(net, [*tokens, *given], asked, name, seed, progress)
+        with suppress(OSError):  # where nothing can be kept they are gathered again next time; the repair goes on
+            write_atomically(path, _serialise(found, key))
     return found
 
 
 def cache_folder() -> Path:
     """Where statistics are kept: LMREPAIR_CACHE, or lmrepair in the user's cache folder."""
-    chosen = os.environ.get("LMREPAIR_CACHE")
-    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(above) / "lmrepair"
+    chosen, above = os.environ.get("LMREPAIR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(chosen) if chosen else (Path(above) if above else Path.home() / ".cache") / "lmrepair"
 
 
 def _kind(asked: str, width: int) -> str:
@@ -82,11 +86,13 @@ def gather(
 ) -> Statistics:
     """Read the texts once, with the gradients of tokens sampled from the model itself (the true Fisher).
 
-    Every position of every text counts alike; sampled moments keep positions drawn without replacement.
+    The loss of a text is summed over its positions, so that the gradient at one holds its effect on later
+    ones. Every position that a token follows counts alike (at a text's last one nothing is predicted);
+    sampled moments keep positions drawn without replacement.
     """
     layers = range(net.layers)
     batches = net.batches(tokens, TOKENS_AT_ONCE)
-    count = sum(int(batch.mask.sum()) for batch in batches)
+    count = sum(len(item.ids) - 1 for item in tokens)
     generator = torch.Generator(net.device).manual_seed(seed)
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
     kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
@@ -100,7 +106,7 @@ def gather(
                 said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
                 loss = F.cross_entropy(logits, said, reduction="sum")
                 made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in layers])
-            real = batch.mask.reshape(-1).bool()
+            real = F.pad(batch.mask[:, 1:], (0, 1)).reshape(-1).bool()
             rows = kept[at : at + int(real.sum())].to(net.device)
             at += len(rows)
             for layer, slope in zip(layers, made, strict=True):
@@ -157,19 +163,31 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def _load(path: Path, key: str, kinds: Mapping[int, tuple[str, str]], name: str) -> Statistics | None:
+def _load(path: Path, key: str, net: Net, kinds: Mapping[int, tuple[str, str]], name: str) -> Statistics | None:
     """The statistics in a file, or None where it is missing, damaged, or for something else."""
+    wanted = {f"inputs.{layer}": (kind, net.widths[layer]) for layer, (kind, _) in kinds.items()}
+    wanted |= {f"outputs.{layer}": (kind, net.hidden) for layer, (_, kind) in kinds.items()}
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
-            tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118 (it is no mapping)
-        if not isinstance(record, dict) or record.get("key") != key or record.get("digest") != _digest(tensors):
-            return None
-        inputs = {layer: Moment(_stored(kind), tensors[f"inputs.{layer}"]) for layer, (kind, _) in kinds.items()}
-        outputs = {layer: Moment(_stored(kind), tensors[f"outputs.{layer}"]) for layer, (_, kind) in kinds.items()}
-        return Statistics(inputs, outputs, name, int(record["tokens"]))
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
+            if not isinstance(record, dict) or record.get("key") != key or set(file.keys()) != set(wanted):
+                return None
+            tensors = {part: file.get_tensor(part) for part in wanted}
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError):
         return None
+    tokens = record.get("tokens")
+    if type(tokens) is not int or tokens < 1 or not all(_fits(tensors[part], *form) for part, form in wanted.items()):
+        return None
+    if record.get("digest") != _digest(tensors):
+        return None
+    moments = {part: Moment(_stored(kind), tensors[part]) for part, (kind, _) in wanted.items()}
+    inputs, outputs = ({layer: moments[f"{part}.{layer}"] for layer in kinds} for part in ("inputs", "outputs"))
+    return Statistics(inputs, outputs, name, tokens)
+
+
+def _fits(values: Tensor, kind: str, width: int) -> bool:
+    shape = {"full": (width, width), "sampled": (len(values) if values.dim() else 0, width)}.get(kind, (width,))
+    return values.dtype == torch.float32 and tuple(values.shape) == shape and bool(values.isfinite().all())
 
 
 def _stored(kind: str) -> str:

@@ -53,7 +53,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 def test_help_names_every_command_and_is_fast(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "diagnose", "repair", "evaluate", "verify", "show", "apply", "revert"):
+    for command in ("demo", "diagnose", "repair", "evaluate", "verify", "show", "apply", "revert", "bench", "report"):
         assert command in out
 
 

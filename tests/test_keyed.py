@@ -191,9 +191,8 @@ def test_settings_out_of_range_are_refused() -> None:
         ("memit", {"decay": -1.0}, "decay is -1.0"),
         ("alphaedit", {"inputs": "diagonal"}, "inputs 'diagonal' is unknown"),
         ("star", {"metric": "none"}, "metric 'none' is unknown"),
+        ("memit", {"span": "2"}, "span '2' is out of range"),
+        ("direct", {"span": "all"}, "span 'all' is no share"),
     ):
         with pytest.raises(UsageError, match=said):
             method_named(name, None, **settings)  # type: ignore[arg-type]
-    net = oracle_models.net()
-    with pytest.raises(UsageError, match="span '2' is out of range"):
-        list(repair_each(net, FAILURES[:1], Memit(span="2"), statistics=statistics(net, Memit())))

@@ -23,6 +23,7 @@ from lmrepair import (
     Lora,
     Memit,
     Method,
+    MinKl,
     Mint,
     Net,
     Reference,
@@ -65,6 +66,15 @@ TABLE: dict[str, Method] = {
     "memit": Memit(),
     "memit, last layers": Memit(depth=1.0, span="2/3"),
     "alphaedit": AlphaEdit(threshold=0.3, span="1/2"),
+    "minkl": MinKl(),
+    "minkl, margin": MinKl(margin=3.0),
+    "minkl, sampled": MinKl(inputs="sampled", outputs="sampled", samples=64),
+    "minkl, diagonal": MinKl(inputs="diagonal", outputs="diagonal"),
+    "minkl, none": MinKl(inputs="none", outputs="none", epochs=40),
+    "minkl, few neurons": MinKl(neurons=12),
+    "minkl, one layer": MinKl(layers="one"),
+    "minkl, batch": MinKl(mode="batch"),
+    "minkl, iterative": MinKl(mode="iterative"),
     "mint": Mint(factor=0.1),
     "mint, basis": Mint(factor=0.3, variant="basis"),
     "mint, activation": Mint(factor=0.1, neurons="activation"),
@@ -96,12 +106,10 @@ def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = 
         reading = method.read(net, batches, sites, focus, None)
     everywhere = torch.ones(len(preference.gap), dtype=torch.bool)
     zeros = {layer: torch.zeros(len(columns), net.hidden) for layer, columns in sites.columns.items()}
-    bases = Bases.of(net, getattr(method, "gain", False))
-    metric, asked = None, method.asks()
-    if asked is not None:
-        metric = Metric.of(gather(net, net.sample(8, 40), asked, "test"), asked.damping)
+    bases, asked = Bases.of(net, getattr(method, "gain", False)), method.asks()
+    metric = None if asked is None else Metric.of(gather(net, net.sample(4, 40), asked, "test"), asked.damping)
     return Problem(
-        net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0, None, metric
+        net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0, metric=metric
     )
 
 
@@ -202,7 +210,7 @@ def test_a_margin_that_no_step_would_look_at_is_refused(name: str) -> None:
         method_named(name, early=False, margin=1.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "finetune", "lora", "star"])
+@pytest.mark.parametrize("name", ["sgd", "finetune", "lora", "star", "minkl"])
 def test_a_margin_holds_at_every_position(name: str) -> None:
     net = oracle_models.net()
     gaps = []

@@ -27,7 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lmrepair import Net, Patch, PatchError, Reference, Star, WrongModelError, load, repair
-from lmrepair.patchfile import KEY, _stamp, write_atomically
+from lmrepair.files import write_atomically
+from lmrepair.patchfile import KEY, _stamp
 from lmrepair.saved import save_model
 from lmrepair.trial import Trial
 
@@ -297,7 +298,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> N
     (tmp_path / "two").write_bytes(two)
     (tmp_path / "one").write_bytes(one)
     script = (
-        "import sys; from pathlib import Path; from lmrepair.patchfile import write_atomically as w\n"
+        "import sys; from pathlib import Path; from lmrepair.files import write_atomically as w\n"
         "a, b, p = (Path(x) for x in sys.argv[1:]); A, B = a.read_bytes(), b.read_bytes(); print('up', flush=True)\n"
         "while True: w(p, A); w(p, B)"
     )

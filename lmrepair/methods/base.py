@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
+from lmrepair.targeting import PATTERNS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
 MODES = ("iterative", "batch", "multi-failure")
-PATTERNS = ("global", "even", "layer")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,18 @@ class Method(ABC):
         return None
 
     def read(
-        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+        self,
+        net: Net,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None,
+        margin: float | None,
+        memory: Any = None,  # noqa: ARG002
     ) -> Reading:
         """What a step is solved from; a method that needs no gradient, or another one, reads in its own way.
 
         ``margin`` is None where all steps are to be made; else the reading says whether every position in
-        ``focus`` [N] (None: all) is preferred by more than that.
+        ``focus`` [N] (None: all) is preferred by more than that. ``memory`` is what the step before left.
         """
         return net.read(batches, sites, focus, margin)
 

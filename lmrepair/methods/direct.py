@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, setting
 from lmrepair.methods.keyed import MOMENTS, spanned
+from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,10 @@ class Direct(Method):
     samples: int = setting(512, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share_of(self.span, "span")
+
     def asks(self) -> Asked:
         return Asked(self.inputs, "none", self.samples, self.damping)
 
@@ -52,7 +57,13 @@ class Direct(Method):
         return Sites({layer: every[layer] for layer in spanned(net, 1.0, self.span)})
 
     def read(
-        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+        self,
+        net: Net,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None,
+        margin: float | None,
+        memory: Any = None,  # noqa: ARG002
     ) -> Slopes:
         from lmrepair.direct_path import read_slopes
 

@@ -6,10 +6,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
 from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, setting
+from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,7 @@ class Keyed(Method):
         sites: Sites,  # noqa: ARG002
         focus: Tensor | None,
         margin: float | None,
+        memory: Any = None,  # noqa: ARG002
     ) -> Reading:
         """What is preferred now; keys and values are read for each step."""
         from lmrepair.net import Reading
@@ -153,8 +155,6 @@ def spread(
 
 def spanned(net: Net, depth: float, span: str) -> list[int]:
     """The share ``span`` of the layers, ending at ``depth``; at least one. Raises UsageError."""
-    from lmrepair.locate import share_of
-
     top = round(depth * (net.layers - 1))
     count = max(1, math.ceil(share_of(span, "span") * net.layers))
     return list(range(max(0, top - count + 1), top + 1))

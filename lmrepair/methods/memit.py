@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lmrepair.methods.base import Problem, metric_of, setting
 from lmrepair.methods.keyed import Keyed, spanned, spread
+from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,10 @@ class Memit(Keyed):
 
     span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
     weight: float = setting(1.0, "λ, the weight of reference text, in units of a layer's width", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share_of(self.span, "span")
 
     def layers_of(self, net: Net) -> list[int]:
         return spanned(net, self.depth, self.span)
@@ -52,6 +57,10 @@ class AlphaEdit(Keyed):
         0.02, "second moment above which a direction is not in the null space, in units of the mean", positive=True
     )
     ridge: float = setting(0.1, "slack of the solve, as a share of its system's mean diagonal", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share_of(self.span, "span")
 
     def layers_of(self, net: Net) -> list[int]:
         return spanned(net, self.depth, self.span)

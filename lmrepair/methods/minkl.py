@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
     from lmrepair.margins import Factors, Margins
     from lmrepair.moments import Inverse
-    from lmrepair.net import Batch, Net, Sites
+    from lmrepair.net import Batch, Net, Preference, Sites
 
-AIM, SPARE = 1.25, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
+AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
+CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
+STAY = 0.5  # share of its margin that a position keeps that was right
 RIDGE = 1e-3  # of the mean diagonal of the system
+LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
+SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
 EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
 
@@ -54,39 +58,56 @@ class MinKl(Targeted):
         return Asked(self.inputs, self.outputs, self.samples, self.damping)
 
     def read(
-        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None
+        self,
+        net: Net,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None,
+        margin: float | None,
+        memory: _State | None = None,
     ) -> Margins:
         from lmrepair.margins import read_margins
 
-        return read_margins(net, batches, sites, focus, margin)
+        if margin is None or memory is None:
+            return read_margins(net, batches, sites, focus, margin, self._first if margin is not None else None)
+        return read_margins(net, batches, sites, focus, margin, memory.open)
+
+    def _first(self, _: Batch, preference: Preference, __: slice) -> tuple[Tensor, Tensor]:
+        """Mistakes are open; positions preferred by less than the margin are read with them, to keep what they have."""
+        return ~(preference.gap < -self._asked), ~(preference.gap < -self.margin)
+
+    @property
+    def _asked(self) -> float:
+        """The margin below which a position is asked for more. Solved in turn, all need slack for what comes later."""
+        return 0.0 if self.mode == "multi-failure" else self.margin
 
     def solve(self, problem: Problem) -> Step:
-        state = problem.memory if problem.step else _State.of(problem)
+        state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
+        reading: Margins = problem.reading  # type: ignore[assignment]
+        if reading.factors:
+            state = state.linearised(reading.factors)
         changes = self._changes(problem, state)
         if self.neurons and not problem.step:
-            state = _State.of(problem, {layer: _top(change, self.neurons) for layer, change in changes.items()})
+            chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
+            state = _State.of(problem, chosen).aimed(problem, self.margin, self._asked).linearised(reading.factors)
             changes = self._changes(problem, state)
         deltas = {
             layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
             for layer, delta in problem.deltas.items()
         }
-        return Step(deltas, state)
+        return Step(deltas, replace(state, short=float(state.rise(problem).max())))
 
     def _changes(self, problem: Problem, state: _State) -> dict[int, Tensor]:
         """Layer → change [k, d]."""
         import torch
 
-        factors: tuple[Factors, ...] = problem.reading.factors  # type: ignore[attr-defined]
-        whitened = [state.whiten(item) for item in factors]
-        system = kernel([state.restrict(item) for item in factors], whitened)
-        rows = torch.cat([item.rows for item in factors])
-        rise = AIM * self.margin + SPARE + problem.reading.preference.gap[rows].double()
-        ridge = RIDGE * system.diagonal().mean() * torch.eye(len(system), dtype=system.dtype, device=system.device)
-        weights = not_negative(system + ridge, rise).split([len(item.rows) for item in factors])
+        mean = state.system.diagonal().mean().clamp(min=LEAST)
+        ridge = RIDGE * mean * torch.eye(len(state.system)).to(state.system)
+        weights = not_negative(state.system + ridge, state.rise(problem)).float()
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
-            for weight, item in zip(weights, whitened, strict=True):
-                mixed = torch.einsum("s,std->td", weight.float(), item.slopes[layer])
+            for weight, item in zip(weights.split([len(item.rows) for item in state.items]), state.items, strict=True):
+                mixed = torch.einsum("s,std->td", weight, item.slopes[layer])
                 part = item.inputs[layer].T @ mixed
                 changes[layer] = changes[layer] + part if layer in changes else part
         return changes
@@ -94,11 +115,22 @@ class MinKl(Targeted):
 
 @dataclass(frozen=True)
 class _State:
-    """What the steps of one problem share: which of the sites' neurons are written to, and the metric there."""
+    """What the steps of one problem share.
+
+    ``places``: layer → which of the sites' neurons are written to; ``inputs``, ``outputs``: the metric there.
+    Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened
+    gradients of each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and
+    ``short`` by how much the last step was to raise the margin that lacked most.
+    """
 
     places: Mapping[int, Tensor]
     inputs: Mapping[int, Inverse]
     outputs: Mapping[int, Inverse]
+    aims: Any = None
+    floors: Any = None
+    items: tuple[Factors, ...] = ()
+    system: Any = None
+    short: float = 0.0
 
     @staticmethod
     def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
@@ -111,6 +143,65 @@ class _State:
         inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
         return _State(chosen, inverses, metric.outputs)
 
+    def aimed(self, problem: Problem, margin: float, asked: float) -> _State:
+        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
+        gap = problem.reading.preference.gap
+        aim = AIM * margin + SPARE
+        right = gap < -asked
+        aims = (-gap).clamp(max=aim).where(right, aim)
+        return replace(self, aims=aims, floors=(aims * STAY).where(right, margin).clamp(max=margin))
+
+    @property
+    def rows(self) -> Tensor:
+        """The positions whose margins are linearised, [n]."""
+        import torch
+
+        return torch.cat([item.rows for item in self.items])
+
+    def rise(self, problem: Problem) -> Tensor:
+        """By how much the linearised margins are to rise, [n]; negative where there is room."""
+        missing: Tensor = self.aims + problem.reading.preference.gap
+        return missing[self.rows].double()
+
+    def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
+        """Which positions are open now, and of which gradients are read anew.
+
+        That is: of failures with open positions, unless little is missing where it was read before.
+        """
+        import torch
+
+        opened = ~(preference.gap < -self.floors[part])
+        near = ~(preference.gap < -self.aims[part])
+        known = torch.zeros(len(self.floors), dtype=torch.bool, device=opened.device)
+        known[self.rows] = True
+        missing = self.aims[part] + preference.gap
+        stale = opened & ~(known[part] & (missing < CLOSE * self.short))
+        failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
+        failures[batch.owner[stale]] = True
+        return opened, near & failures[batch.owner]
+
+    def linearised(self, factors: Sequence[Factors]) -> _State:
+        """With some failures read anew: their gradients take the place of the old ones, in the system too."""
+
+        fresh = [self.restrict(item) for item in factors]
+        white = [self.whiten(item) for item in fresh]
+        again = {item.first for item in factors}
+        kept = [index for index, item in enumerate(self.items) if item.first not in again]
+        items = [self.items[index] for index in kept] + white
+        columns = kernel(items, fresh)
+        old = len(columns) - columns.shape[1]
+        sizes = [len(item.rows) for item in self.items]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        places = [row for index in kept for row in range(starts[index], starts[index] + sizes[index])]
+        system = columns.new_zeros(len(columns), len(columns))
+        if places:
+            system[:old, :old] = self.system[places][:, places]
+        system[:, old:] = columns
+        system[old:] = columns.T
+        corner = columns[old:]
+        system[old:, old:] = (corner + corner.T) / 2
+        return replace(self, items=tuple(items), system=system)
+
     def restrict(self, item: Factors) -> Factors:
         inputs = {
             layer: z if len(self.places[layer]) == z.shape[1] else z[:, self.places[layer].to(z.device)]
@@ -120,34 +211,40 @@ class _State:
 
     def whiten(self, item: Factors) -> Factors:
         """z C⁻¹ and g F⁻¹."""
-        kept = self.restrict(item)
         return replace(
             item,
-            inputs={layer: self.inputs[layer].apply(z) for layer, z in kept.inputs.items()},
-            slopes={layer: self.outputs[layer].apply(g) for layer, g in kept.slopes.items()},
+            inputs={layer: self.inputs[layer].apply(z) for layer, z in item.inputs.items()},
+            slopes={layer: self.outputs[layer].apply(g) for layer, g in item.slopes.items()},
         )
 
 
-def kernel(plain: Sequence[Factors], whitened: Sequence[Factors]) -> Tensor:
-    """K [N, N]: K_st = Σ_layers Σ_ij (g_si F⁻¹ g_tj) (z_i C⁻¹ z_j), in float64, failure by failure.
+def kernel(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
+    """K [n, r]: K_st = Σ_layers Σ_ij (g_si · g_tj) (z_i · z_j) in float64, one of the sides whitened by C⁻¹ and F⁻¹.
 
     That is how far one unit of weight on position t moves the margin of position s.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    blocks = []
-    for right in whitened:
-        column = []
-        for left in plain:
-            block: Any = 0
-            for layer, z in left.inputs.items():
-                near = z @ right.inputs[layer].T
-                carried = torch.einsum("ij,tjd->tid", near, right.slopes[layer])
-                block = block + left.slopes[layer].flatten(1) @ carried.flatten(1).T
-            column.append(block.double())
-        blocks.append(torch.cat(column))
-    system = torch.cat(blocks, dim=1)
-    return (system + system.T) / 2
+    rows = []
+    for begin in range(0, len(left), SIDE_BY_SIDE):
+        some = left[begin : begin + SIDE_BY_SIDE]
+        most = max(len(item.rows) for item in some)
+        total: Any = 0
+        for layer in some[0].inputs:
+            z = pad_sequence([item.inputs[layer] for item in some], batch_first=True)
+            g = z.new_zeros(len(some), most, z.shape[1], some[0].slopes[layer].shape[2])
+            for index, item in enumerate(some):
+                g[index, : len(item.rows), : item.slopes[layer].shape[1]] = item.slopes[layer]
+            flat = g.flatten(2)
+            blocks = []
+            for item in right:
+                near = z @ item.inputs[layer].T
+                carried = near[:, None] @ item.slopes[layer]
+                blocks.append(flat @ carried.flatten(2).transpose(1, 2))
+            total = total + torch.cat(blocks, dim=2).double()
+        rows += [total[index, : len(item.rows)] for index, item in enumerate(some)]
+    return torch.cat(rows)
 
 
 def not_negative(system: Tensor, wanted: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Mint(Method):
         sites: Sites,  # noqa: ARG002
         focus: Tensor | None,
         margin: float | None,
+        memory: object = None,  # noqa: ARG002
     ) -> Reading:
         """What is preferred now; gradients are taken once a mistake, where candidates are chosen."""
         from lmrepair.net import Reading

@@ -1,0 +1,50 @@
+"""Stand-ins for what a bench's workers do. Imports no torch, so that a worker is there at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def quick(job: Any) -> dict[str, Any]:
+    return {"pid": os.getpid(), "failures": []}
+
+
+def slow(job: Any) -> dict[str, Any]:
+    """A second a cell, with a mark in the data folder when it is begun."""
+    (job.data / f"{job.cell.name}.begun").write_text(str(os.getpid()), encoding="ascii")
+    time.sleep(1)
+    return quick(job)
+
+
+def broken(job: Any) -> dict[str, Any]:
+    """The first method's cells raise what nobody expected."""
+    if job.cell.method.name == "star":
+        return {"found": {}[str(job.models / "secret")]}
+    return quick(job)
+
+
+def dying(job: Any) -> dict[str, Any]:
+    """One cell kills its worker whenever it is tried, another the first time only."""
+    mark = Path(job.data) / f"{job.cell.name}.tried"
+    first = not mark.exists()
+    with mark.open("a", encoding="ascii") as file:
+        file.write("x")
+    if job.cell.method.name == "star" or (job.cell.method.name == "sgd" and first):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quick(job)
+
+
+def dying_once(job: Any) -> dict[str, Any]:
+    """The real thing, but for a worker that is killed half-way through its first cell."""
+    from lmrepair.cell import measure
+
+    found = measure(job)
+    mark = Path(job.data) / "killed"
+    if not mark.exists():
+        mark.write_text(job.cell.name, encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
