@@ -24,7 +24,7 @@ class Memit(Keyed):
     name: ClassVar[str] = "memit"
 
     span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
-    weight: float = setting(1.0, "λ, the weight of reference text, in units of a layer's width", positive=True)
+    weight: float = setting(0.1, "λ, the weight of reference text, in units of a layer's width", positive=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
