@@ -25,7 +25,20 @@ if TYPE_CHECKING:
     from lmrepair.gating import Gated
     from lmrepair.loading import load
     from lmrepair.loop import Outcome, Repair, repair, repair_each
-    from lmrepair.methods import FineTune, Lora, Method, MinKl, Mint, Sgd, Star
+    from lmrepair.methods import (
+        AlphaEdit,
+        Direct,
+        Emmet,
+        FineTune,
+        Lora,
+        Memit,
+        Method,
+        MinKl,
+        Mint,
+        Rome,
+        Sgd,
+        Star,
+    )
     from lmrepair.net import Net
     from lmrepair.patch import Patch
 
@@ -39,16 +52,32 @@ _HOME = {
     "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
     "gate": ("Gate", "Protected", "read_protected"),
     "gating": ("Gated",),
-    "methods": ("FineTune", "Lora", "Method", "MinKl", "Mint", "Sgd", "Star"),
+    "methods": (
+        "AlphaEdit",
+        "Direct",
+        "Emmet",
+        "FineTune",
+        "Lora",
+        "Memit",
+        "Method",
+        "MinKl",
+        "Mint",
+        "Rome",
+        "Sgd",
+        "Star",
+    ),  # fmt: skip
     "loop": ("Outcome", "Repair", "repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AlphaEdit",
     "Answer",
     "Diagnosis",
+    "Direct",
     "Drift",
+    "Emmet",
     "Failure",
     "FailuresError",
     "FineTune",
@@ -56,6 +85,7 @@ __all__ = [
     "Gated",
     "LmrepairError",
     "Lora",
+    "Memit",
     "Method",
     "MinKl",
     "Mint",
@@ -68,6 +98,7 @@ __all__ = [
     "Protected",
     "Reference",
     "Repair",
+    "Rome",
     "Scores",
     "Sgd",
     "Star",

@@ -72,19 +72,3 @@ def by_spread(steers: Tensor) -> Tensor:
     quartiles = torch.quantile(steers, torch.tensor([0.25, 0.75], dtype=steers.dtype, device=steers.device), dim=1)
     spread = (quartiles[1] - quartiles[0]).clamp(min=torch.finfo(steers.dtype).tiny)
     return steers / spread[:, None]
-
-
-def prior_factors(coefficients: Tensor, steers: Tensor, cutoff: float = 1e-5) -> Tensor:
-    """C [N, d] with P = Zᵀ C the least change of neurons [k, d] that moves the output by ``steers``.
-
-    Minimum Frobenius norm subject to Z P = S (least squares where that cannot hold), for coefficients
-    Z [N, k] and steers S [N, d]: C = (Z Zᵀ)⁺ S, an N×N system in float64. Directions of Z whose singular
-    value is below ``cutoff`` of the largest are left out.
-    """
-    z = coefficients.double()
-    values, vectors = torch.linalg.eigh(z @ z.T)
-    # The Gram matrix has squared singular values, and its own rounding noise at 1e-16 of the largest.
-    kept = values > max(cutoff**2, 1e-14) * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
-    factors: Tensor = vectors @ (inverse[:, None] * (vectors.T @ steers.double()))
-    return factors

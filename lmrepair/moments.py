@@ -89,6 +89,10 @@ class Inverse:
             return x @ values
         return self.scale * (x - (x @ values.T) @ values) if self.kind == "sampled" else x * values
 
+    def double(self) -> Inverse:
+        """The same, to be applied to float64 rows."""
+        return Inverse(self.kind, self.values.double(), self.scale)
+
 
 @dataclass(frozen=True)
 class Statistics:

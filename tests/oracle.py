@@ -54,6 +54,32 @@ def prior_by_lstsq(z: Tensor, s: Tensor, rtol: float = 1e-5) -> Tensor:
     return torch.linalg.lstsq(z.double(), s.double(), rcond=rtol, driver="gelsd").solution
 
 
+def closed_form(z: Tensor, r: Tensor, m: Tensor, ridge: float = 0.0, rtol: float = 1e-5) -> Tensor:
+    """M Zᵀ (Z M Zᵀ + εI)⁻¹ R [k, d] for a dense metric M; with ε = 0 by the pseudo-inverse of Z M^½ itself."""
+    z, r, m = z.double(), r.double(), m.double()
+    if ridge:
+        return m @ z.T @ torch.linalg.inv(z @ m @ z.T + ridge * torch.eye(len(z), dtype=torch.float64)) @ r
+    sizes, vectors = torch.linalg.eigh(m)
+    root = vectors @ torch.diag(sizes.clamp(min=0).sqrt()) @ vectors.T
+    return root @ torch.linalg.pinv(z @ root, rtol=rtol) @ r
+
+
+def damped(rows: Tensor, damping: float, diagonal: bool = False) -> Tensor:
+    """C + damping·mean(diag C)·I [k, k] for C = E[x xᵀ] over rows x, or for its diagonal alone."""
+    c = sum(torch.outer(row, row) for row in rows.double()) / len(rows)
+    c = torch.diag(c.diagonal()) if diagonal else c
+    return c + damping * c.diagonal().mean() * torch.eye(len(c), dtype=torch.float64)
+
+
+def null_space(rows: Tensor, threshold: float) -> Tensor:
+    """I − QQᵀ [k, k], Q the principal directions of rows whose second moment exceeds threshold·mean(diag)."""
+    _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    moments = sizes**2 / len(rows)
+    keep = moments > threshold * float((rows.double() ** 2).mean())
+    q = right[keep].T
+    return torch.eye(rows.shape[1], dtype=torch.float64) - q @ q.T
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmrepair.basis import Bases, by_spread, prior_factors
+from lmrepair.basis import Bases, by_spread
+from lmrepair.closed_form import Constraints
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -166,7 +167,7 @@ def test_by_spread_takes_thousands_of_steers() -> None:
 
 
 def prior(z: Tensor, s: Tensor) -> Tensor:
-    return z.double().T @ prior_factors(z, s)
+    return z.double().T @ Constraints.of({0: z}).weights(s)
 
 
 @pytest.mark.parametrize(("positions", "neurons"), [(1, 48), (7, 48), (48, 48), (90, 48), (400, 48), (5, 1)])

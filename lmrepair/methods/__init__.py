@@ -6,26 +6,36 @@ from dataclasses import fields
 
 from lmrepair.errors import UsageError, nearest
 from lmrepair.methods.base import Asked, Method, Problem, Step, Targeted
+from lmrepair.methods.direct import Direct
 from lmrepair.methods.finetune import FineTune
 from lmrepair.methods.lora import Lora
+from lmrepair.methods.memit import AlphaEdit, Memit
 from lmrepair.methods.minkl import MinKl
 from lmrepair.methods.mint import Mint
+from lmrepair.methods.rome import Emmet, Rome
 from lmrepair.methods.sgd import Sgd
 from lmrepair.methods.star import Star
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Star, MinKl, Mint, Sgd, FineTune, Lora)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Star, MinKl, Direct, Rome, Emmet, Memit, AlphaEdit, Mint, Sgd, FineTune, Lora)
+}
 DEFAULT = Star.name
 
 __all__ = [
     "DEFAULT",
     "METHODS",
+    "AlphaEdit",
     "Asked",
+    "Direct",
+    "Emmet",
     "FineTune",
     "Lora",
+    "Memit",
     "Method",
     "MinKl",
     "Mint",
     "Problem",
+    "Rome",
     "Sgd",
     "Star",
     "Step",

@@ -158,3 +158,10 @@ def margin_needs_early(method: Method) -> None:
             f"margin is {method.margin} but every one of the {method.epochs} steps is to be made, whatever is "
             "preferred; set --early (early=True), or leave the margin out"
         )
+
+
+def metric_of(problem: Problem) -> Metric:
+    """The metric of a problem whose method asks for one. Raises UsageError where none was made."""
+    if problem.metric is None:
+        raise UsageError("the method needs statistics of reference text; repair() gathers them")
+    return problem.metric

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmrepair.methods.base import Problem, Step, Targeted, setting
+from lmrepair.methods.base import Asked, Problem, Step, Targeted, setting
+
+if TYPE_CHECKING:
+    from lmrepair.closed_form import Apply
+
+METRICS = ("identity", "diagonal", "sampled", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,24 +20,32 @@ class Star(Targeted):
 
     The prior P is the least change of the chosen neurons that moves the FFN output by the steer at
     every mistake and not at all elsewhere. The step is −learning_rate·|P|⊙sign(g), g the gradient of
-    the targets' cross-entropy: where it vanishes, nothing moves.
+    the targets' cross-entropy: where it vanishes, nothing moves. ``metric`` says what least means: of the
+    entries (as published), or of what the change does on reference text.
     """
 
     name: ClassVar[str] = "star"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"learning_rate": 0.01, "epochs": 10, "early": False, "margin": 0.0, "mode": "batch",
-                  "layers": "1", "pattern": "even", "share": "1", "gain": False},
+                  "layers": "1", "pattern": "even", "share": "1", "gain": False, "metric": "identity"},
     }  # fmt: skip
 
     learning_rate: float = setting(0.03, "share of the prior (or the gradient) that one step takes", positive=True)
     epochs: int = setting(60, "most steps for one problem", positive=True)
     share: str = setting("1/4", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
     gain: bool = setting(False, "fold the final norm's gain into the semantic bases")
+    metric: str = setting("identity", "how the prior is measured: C⁻¹ of reference text, or not at all", METRICS)
+    samples: int = setting(512, "reference positions that sampled moments keep", positive=True)
+    damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
+
+    def asks(self) -> Asked | None:
+        return None if self.metric == "identity" else Asked(self.metric, "none", self.samples, self.damping)
 
     def solve(self, problem: Problem) -> Step:
         import torch
 
-        from lmrepair.basis import by_spread, prior_factors
+        from lmrepair.basis import by_spread
+        from lmrepair.closed_form import Constraints
 
         preference, rows = problem.reading.preference, problem.focus
         mistaken = ~(preference.gap[rows] < -self.margin)
@@ -40,9 +53,21 @@ class Star(Targeted):
         steers = torch.zeros(len(wanted), problem.net.hidden, dtype=torch.float64, device=wanted.device)
         if bool(mistaken.any()):
             steers[mistaken] = by_spread(problem.bases.steers(wanted[mistaken], preference.rival[rows][mistaken]))
+        metrics = problem.memory if problem.memory is not None else self._metrics(problem)
         deltas = {}
         for layer, gradient in problem.reading.gradients.items():
-            z = problem.reading.coefficients[layer][rows]
-            prior = z.T @ prior_factors(z, steers).float()
+            keys = {layer: problem.reading.coefficients[layer][rows]}
+            prior = Constraints.of(keys, metrics).solve(steers)[layer]
             deltas[layer] = problem.deltas[layer] - self.learning_rate * prior.abs() * gradient.sign()
-        return Step(deltas)
+        return Step(deltas, metrics)
+
+    def _metrics(self, problem: Problem) -> dict[int, Apply] | None:
+        """Layer → M of the chosen neurons; None for the identity."""
+        from lmrepair.closed_form import inverse_metric
+        from lmrepair.methods.base import metric_of
+
+        if self.metric == "identity":
+            return None
+        metric = metric_of(problem)
+        columns = problem.sites.columns
+        return {layer: inverse_metric(metric.restricted(layer, columns[layer].cpu())) for layer in columns}
