@@ -14,8 +14,8 @@ from oracle_models import FAILURES, State
 from peft import LoraConfig, inject_adapter_in_model
 
 from lmrepair import FineTune, Lora, Net, UsageError, loop, repair, repair_each
-from lmrepair.basis import Bases
 from lmrepair.loop import Repair
+from lmrepair.solver import Known
 
 
 def agree(result: Repair, wanted: dict[int, torch.Tensor], tolerance: float) -> None:
@@ -40,7 +40,7 @@ def test_a_second_problem_starts_afresh_on_what_the_first_left(kind: type[FineTu
     """Two failures in turn are as two patches one after the other, each with an optimiser of its own."""
     net = oracle_models.net()
     method = kind(learning_rate=0.01, mode="batch", epochs=3, early=False)
-    both = loop._attempt(net, FAILURES[:2], method, Bases.of(net), loop.quiet).changes
+    both = loop._attempt(net, FAILURES[:2], method, Known.of(net, method, None, loop.quiet), loop.quiet).changes
     summed: dict[int, torch.Tensor] = {}
     with ExitStack() as applied:
         for failure in FAILURES[:2]:
