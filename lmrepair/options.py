@@ -160,7 +160,7 @@ def chosen_method(name: str, preset: str | None, seed: int, settings: Mapping[st
 def _settings() -> dict[str, Any]:
     """Field → typer annotation, over all methods; the help gives each method's own default."""
     kinds = {"int": int, "float": float, "bool": bool, "str": str}
-    defaults: dict[str, list[str]] = {}
+    defaults: dict[str, dict[str, list[str]]] = {}
     texts: dict[str, tuple[str, str]] = {}
     for method in METHODS.values():
         for spec in fields(method):
@@ -168,12 +168,19 @@ def _settings() -> dict[str, Any]:
                 continue
             choices = f": {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
             texts.setdefault(spec.name, (str(spec.type), spec.metadata["help"] + choices))
-            defaults.setdefault(spec.name, []).append(f"{method.name} {spec.default}")
+            defaults.setdefault(spec.name, {}).setdefault(str(spec.default), []).append(method.name)
     found = {}
     for name, (kind, text) in texts.items():
-        values = {entry.split(" ", 1)[1] for entry in defaults[name]}
-        everywhere = len(values) == 1 and len(defaults[name]) == len(METHODS)
-        shown = f"default {values.pop()}" if everywhere else f"defaults: {', '.join(defaults[name])}"
-        option = typer.Option(help=f"{text[0].upper()}{text[1:]} ({shown}).", rich_help_panel="Settings of the method")
+        shown = f"{text[0].upper()}{text[1:]} ({_defaults(defaults[name])})."
+        option = typer.Option(help=shown, rich_help_panel="Settings of the method")
         found[name] = Annotated[kinds[kind] | None, option]
     return found
+
+
+def _defaults(values: Mapping[str, Sequence[str]]) -> str:
+    """Default → methods that have it, as text; what most of all methods have stands without their names."""
+    most = max(values, key=lambda value: len(values[value]))
+    if sum(map(len, values.values())) == len(METHODS) and len(values[most]) > len(METHODS) / 2:
+        others = [f"{', '.join(names)} {value}" for value, names in values.items() if value != most]
+        return "; ".join([f"default {most}", *others])
+    return "; ".join(f"{', '.join(names)} {value}" for value, names in values.items())

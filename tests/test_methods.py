@@ -77,8 +77,8 @@ TABLE: dict[str, Method] = {
     "minkl, iterative": MinKl(mode="iterative"),
     "mint": Mint(factor=0.1),
     "mint, basis": Mint(factor=0.3, variant="basis"),
-    "mint, activation": Mint(factor=0.1, neurons="activation"),
-    "mint, random": Mint(factor=0.3, neurons="random", epochs=30),
+    "mint, activation": Mint(factor=0.1, rank_by="activation"),
+    "mint, random": Mint(factor=0.3, rank_by="random", epochs=30),
     "mint, orthogonal": Mint(factor=0.1, orthogonal=True),
     "sgd": Sgd(learning_rate=0.3, epochs=300, early=True),
     "finetune": FineTune(learning_rate=0.01),
@@ -336,10 +336,19 @@ def test_settings_that_do_not_exist_are_refused() -> None:
         ("finetune", None, {"learning_rate": float("inf")}, "above 0"),
         ("mint", None, {"factor": 0.0}, "above 0"),
         ("mint", None, {"candidates": 0}, "at least 1"),
-        ("mint", None, {"neurons": "attributions"}, "neurons 'attributions' is unknown"),
+        ("mint", None, {"rank_by": "attributions"}, "rank_by 'attributions' is unknown"),
         ("lora", None, {"rank": 0}, "at least 1"),
         ("star", None, {"margin": float("nan")}, "margin"),
     ]
     for name, preset, settings, said in cases:
         with pytest.raises(UsageError, match=said):
             method_named(name, preset, **settings)
+
+
+def test_a_setting_means_one_thing_in_all_methods() -> None:
+    """The command line has one option for each name, of one type."""
+    kinds: dict[str, set[str]] = {}
+    for method in METHODS.values():
+        for spec in dataclasses.fields(method):
+            kinds.setdefault(spec.name, set()).add(str(spec.type))
+    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}

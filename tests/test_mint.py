@@ -110,9 +110,9 @@ def test_candidates_by_activation_and_at_random() -> None:
         for layer in UPPER
         for neuron, value in enumerate(oracle.coefficients(net.model, layer, oracle_models.pairs(tokens))[position])
     }
-    (step,) = patches(net, Mint(neurons="activation"), 1, position)
+    (step,) = patches(net, Mint(rank_by="activation"), 1, position)
     assert list(step.memory.candidates) == sorted(sizes, key=lambda place: -sizes[place])[:10]
-    drawn = [patches(net, Mint(neurons="random", seed=seed), 1, position)[0].memory.candidates for seed in (0, 0, 1)]
+    drawn = [patches(net, Mint(rank_by="random", seed=seed), 1, position)[0].memory.candidates for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 10
     assert set(drawn[0]) <= set(sizes)

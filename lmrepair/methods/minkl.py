@@ -47,7 +47,7 @@ class MinKl(Targeted):
     outputs: str = setting("auto", "how the Fisher of the FFN outputs is kept", MOMENTS)
     samples: int = setting(2048, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
-    neurons: int = setting(0, "most neurons a layer to write to, those that carry most of the repair; 0: no limit")
+    neurons: int = setting(0, "most neurons a layer to write to, those that move most; 0: no limit")
 
     def __post_init__(self) -> None:
         super().__post_init__()

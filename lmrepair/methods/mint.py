@@ -41,7 +41,7 @@ class Mint(Method):
 
     name: ClassVar[str] = "mint"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"factor": 0.01, "epochs": 10, "candidates": 10, "neurons": "attribution", "variant": "delta",
+        "paper": {"factor": 0.01, "epochs": 10, "candidates": 10, "rank_by": "attribution", "variant": "delta",
                   "orthogonal": False, "early": True, "margin": 0.0, "rounds": 1},
     }  # fmt: skip
     undoes: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class Mint(Method):
     rounds: int = setting(1, "most rounds over failures worked on in turn (one without --early)", positive=True)
     factor: float = setting(0.01, "weight of the drift in a patched neuron, its old value weighing 1", positive=True)
     candidates: int = setting(10, "neurons that are tried for each patch", positive=True)
-    neurons: str = setting("attribution", "how candidates are ranked", ("attribution", "activation", "random"))
+    rank_by: str = setting("attribution", "how candidates are ranked", ("attribution", "activation", "random"))
     variant: str = setting("delta", "what a neuron drifts to", ("delta", "basis"))
     orthogonal: bool = setting(False, "make a drift orthogonal to those of the failure's earlier mistakes")
     seed: int = setting(0, "seed of random candidates (MINT) or adapters (LoRA)")
@@ -107,9 +107,9 @@ class Mint(Method):
 
         layers = problem.sites.layers
         places = [(layer, neuron) for layer in layers for neuron in range(problem.net.widths[layer])]
-        if self.neurons == "random":
+        if self.rank_by == "random":
             return tuple(Random(f"{self.seed}/{row}").sample(places, min(self.candidates, len(places))))
-        scored = _attribution if self.neurons == "attribution" else _activation
+        scored = _attribution if self.rank_by == "attribution" else _activation
         scores = scored(problem, row)
         order = torch.cat([scores[layer] for layer in layers]).argsort(descending=True, stable=True)
         return tuple(places[index] for index in order[: self.candidates].tolist())
