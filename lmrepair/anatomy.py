@@ -30,12 +30,14 @@ class Anatomy:
     """The places of a model that repair reads and writes.
 
     ``head`` has a weight [vocabulary, hidden]; ``gain`` [hidden] (float32) is what the final norm
-    multiplies a normalised state by; ``projections`` holds each layer's FFN output projection, found
+    multiplies a normalised state by, and ``norm`` that norm, if the head reads just what it writes;
+    ``projections`` holds each layer's FFN output projection, found
     under ``names``; ``widths`` are their numbers of neurons.
     """
 
     head: nn.Module
     gain: Tensor
+    norm: nn.Module | None
     projections: tuple[nn.Module, ...]
     names: tuple[str, ...]
     widths: tuple[int, ...]
@@ -59,7 +61,7 @@ def find(model: nn.Module) -> Anatomy:
                 f"the head reads states of width {width}, the blocks write {hidden}; expected one width "
                 "(a projection between them hides where a token comes from)"
             )
-        gain = _gain(probe)
+        gain, norm = _gain(probe)
         found = _projections(probe, stack_name)
     names = tuple(found)
     modules = tuple(found.values())
@@ -70,6 +72,7 @@ def find(model: nn.Module) -> Anatomy:
     return Anatomy(
         head=head,
         gain=gain,
+        norm=norm,
         projections=modules,
         names=names,
         widths=tuple(probe.inputs[module].shape[-1] for module in modules),
@@ -317,18 +320,18 @@ def _is_pointwise(probe: _Probe, index: int, name: str) -> bool:
     return probe.changed(inputs[part], probe.inputs[part]) == [POSITION]
 
 
-def _gain(probe: _Probe) -> Tensor:
-    """What the final norm multiplies a normalised state by, [hidden] float32, measured on the norm itself."""
+def _gain(probe: _Probe) -> tuple[Tensor, nn.Module | None]:
+    """What the final norm multiplies a normalised state by, [hidden] float32, measured on the norm itself; the norm."""
     for norm, output in reversed(probe.norms):
         if output.shape != probe.state.shape:
             continue
         given, made = probe.state.float(), output.float()
         scale = float((given * made).sum() / made.pow(2).sum())
         if torch.allclose(given, scale * made, rtol=1e-2, atol=1e-3 * float(given.abs().max())):
-            return scale * _measured_gain(norm, probe.hidden)
+            return scale * _measured_gain(norm, probe.hidden), norm if torch.equal(output, probe.state) else None
     last = probe.outputs[probe.blocks[-1]]
     if last.shape == probe.state.shape and torch.equal(last, probe.state):
-        return torch.ones(probe.hidden)
+        return torch.ones(probe.hidden), None
     raise ModelError("no final norm found: expected the head to read the last state, or a norm of it")
 
 

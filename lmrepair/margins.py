@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.net import Batch, Net, Preference, Reading, Sites
+from lmrepair.tail import Tail, states_before_norm
 
 SLOPES_AT_ONCE = 1 << 26  # numbers of slopes made by one backward pass: 256 MB in float32
 
@@ -35,9 +36,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class Margins(Reading):
-    """What the model prefers, and the gradients of the margins that are still open."""
+    """What the model prefers, and the gradients of the margins that are still open.
+
+    ``tail``: all N positions in front of the final norm, where the last layer alone is written to.
+    """
 
     factors: tuple[Factors, ...] = ()
+    tail: Tail | None = None
 
 
 def read_margins(
@@ -57,16 +62,22 @@ def read_margins(
     """
     preferences: list[Preference] = []
     factors: list[Factors] = []
+    tails: list[Tail] = []
+    last = net.layers - 1
     done = True
     at = 0
     for batch in _apart(net, batches):
         part = slice(at, at + len(batch.rows))
         at += len(batch.rows)
-        with torch.enable_grad(), net.watch(sites.layers) as watched:
+        with torch.enable_grad(), net.watch(sites.layers) as watched, states_before_norm(net) as before:
             logits, states = net.logits_and_states(batch)
             with torch.no_grad():
                 preference = Preference.of(logits, batch.wanted)
             preferences.append(preference)
+            if before and sites.layers == (last,):
+                z = watched.inputs[last].detach().reshape(-1, net.widths[last])[batch.rows]
+                kept = z.index_select(1, sites.columns[last].to(z.device)).float()
+                tails.append(Tail(net, before[-1].reshape(-1, net.hidden)[batch.rows], kept, batch.wanted))
             rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part]
             if margin is not None:
                 opened, read = choose(batch, preference, part) if choose else (~(preference.gap < -margin),) * 2
@@ -83,7 +94,7 @@ def read_margins(
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
             factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start)
     joint = Preference.join(preferences)
-    return Margins(joint, done, factors=tuple(factors))
+    return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
 
 
 def _apart(net: Net, batches: Sequence[Batch]) -> list[Batch]:

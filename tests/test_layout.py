@@ -29,6 +29,7 @@ ORDER = [
     "patchfile",
     "patch",
     "basis",
+    "tail",
     "margins",
     "moments",
     "closed_form",

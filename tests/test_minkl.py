@@ -25,6 +25,7 @@ from lmrepair.methods.minkl import AIM, RIDGE, SPARE, STAY, kernel, not_negative
 from lmrepair.moments import Metric, Moment, Statistics
 from lmrepair.net import Sites, settled
 from lmrepair.statistics import gather
+from lmrepair.trial import Trial
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 KINDS = ("full", "sampled", "diagonal", "none")
@@ -399,3 +400,44 @@ def test_a_statistic_of_nothing_still_repairs() -> None:
     zero = {layer: Moment("full", torch.zeros(WIDTH, WIDTH)) for layer in range(LAYERS)}
     known = Statistics(zero, {layer: Moment("diagonal", torch.ones(HIDDEN)) for layer in range(LAYERS)}, "none", 1)
     assert repair(net, FAILURES[:2], MinKl(epochs=60), TEXT, statistics=known).repaired == 2
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
+    """A change of the last layer moves margins and slopes just as running the model with it does."""
+    net = oracle_models.net(kind)
+    sites = Sites({LAYERS - 1: torch.arange(net.widths[-1])})
+    batches = net.batches(tokens_of(net))
+    with settled(net.model):
+        before = read_margins(net, batches, sites, None, 0.0)
+        assert before.tail is not None
+        rows = torch.cat([item.rows for item in before.factors])
+        slopes = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in before.factors])
+        assert before.tail.agrees(before.preference, rows, slopes)
+        assert not before.tail.agrees(before.preference, rows, 1.1 * slopes)
+        change = torch.randn(net.widths[-1], net.hidden, generator=torch.Generator().manual_seed(0)) * 0.02
+        told, leaning = before.tail.read(before.tail.inputs @ change)
+        with Trial(net, sites) as trial:
+            trial.write({LAYERS - 1: change})
+            after = read_margins(net, batches, sites, None, None)
+        assert not torch.allclose(before.preference.gap, after.preference.gap, atol=0.05)
+        assert torch.allclose(told.gap, after.preference.gap, atol=1e-3)
+        made = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in after.factors])
+        assert torch.allclose(leaning, made, atol=1e-3 * float(made.abs().max()))
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("neurons", [0, 12])
+def test_the_last_layer_is_solved_without_running_the_model(
+    kind: str, neurons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = oracle_models.net(kind)
+    method = MinKl(layers="last", neurons=neurons, epochs=60)
+    (fast,) = repair_each(net, FAILURES[:1], method)
+    monkeypatch.setattr("lmrepair.methods.minkl._agreeing", lambda reading: None)
+    (slow,) = repair_each(net, FAILURES[:1], method)
+    assert fast.repaired == slow.repaired == 1
+    assert fast.cost.steps < slow.cost.steps
+    assert fast.patch is not None
+    assert set(fast.patch.changes) == {LAYERS - 1}
+    assert not neurons or fast.patch.neurons <= neurons

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lmrepair.margins import Factors, Margins
     from lmrepair.moments import Inverse
     from lmrepair.net import Batch, Net, Preference, Sites
+    from lmrepair.tail import Tail
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
@@ -84,6 +85,9 @@ class MinKl(Targeted):
     def solve(self, problem: Problem) -> Step:
         state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
         reading: Margins = problem.reading  # type: ignore[assignment]
+        tail = _agreeing(reading)
+        if tail is not None:
+            return self._last_layer(problem, state, tail)
         if reading.factors:
             state = state.linearised(reading.factors)
         changes = self._changes(problem, state)
@@ -96,6 +100,37 @@ class MinKl(Targeted):
             for layer, delta in problem.deltas.items()
         }
         return Step(deltas, replace(state, short=float(state.rise(problem).max())))
+
+    def _last_layer(self, problem: Problem, state: _State, tail: Tail) -> Step:
+        """All steps at once for the last layer, without running the model."""
+        (layer,) = problem.sites.layers
+        before = problem.deltas[layer]
+        change = self._through_tail(problem, state, tail)
+        if self.neurons and not problem.step:
+            state = _State.of(problem, {layer: _top(change, self.neurons)}).aimed(problem, self.margin, self._asked)
+            change = self._through_tail(problem, state, tail)
+        return Step({layer: before.index_add(0, state.places[layer].to(change.device), change)}, state)
+
+    def _through_tail(self, problem: Problem, state: _State, tail: Tail) -> Tensor:
+        """The change [k, d] of the neurons that leaves no margin open."""
+        import torch
+
+        (layer,) = problem.sites.layers
+        z = tail.inputs[:, state.places[layer].to(tail.inputs.device)]
+        near = state.inputs[layer].apply(z)
+        change = torch.zeros(z.shape[1], tail.states.shape[1], device=z.device)
+        for _ in range(self.epochs):
+            preference, slopes = tail.read(z @ change)
+            missing = (state.aims + preference.gap).double()
+            if not bool((problem.focus & ~(preference.gap < -state.floors)).any()):
+                break
+            rows = (problem.focus & (missing > 0)).nonzero().squeeze(1)
+            across = state.outputs[layer].apply(slopes[rows])
+            system = ((z[rows] @ near[rows].T) * (slopes[rows] @ across.T)).double()
+            ridge = RIDGE * system.diagonal().mean().clamp(min=LEAST) * torch.eye(len(rows)).to(system)
+            weights = not_negative((system + system.T) / 2 + ridge, missing[rows]).float()
+            change = change + near[rows].T @ (weights[:, None] * across)
+        return change
 
     def _changes(self, problem: Problem, state: _State) -> dict[int, Tensor]:
         """Layer → change [k, d]."""
@@ -173,7 +208,8 @@ class _State:
         opened = ~(preference.gap < -self.floors[part])
         near = ~(preference.gap < -self.aims[part])
         known = torch.zeros(len(self.floors), dtype=torch.bool, device=opened.device)
-        known[self.rows] = True
+        if self.items:
+            known[self.rows] = True
         missing = self.aims[part] + preference.gap
         stale = opened & ~(known[part] & (missing < CLOSE * self.short))
         failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
@@ -270,6 +306,17 @@ def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
             wrong = torch.arange(count, device=wrong.device) == int(wrong.nonzero()[0])
         active = active ^ wrong
     return weights.clamp(min=0)
+
+
+def _agreeing(reading: Margins) -> Tail | None:
+    """The tail, where the last layer alone is written to and nothing but the final norm and the head follows."""
+    import torch
+
+    if reading.tail is None or not reading.factors:
+        return None
+    slopes = torch.cat([next(iter(item.slopes.values())).sum(dim=1) for item in reading.factors])
+    rows = torch.cat([item.rows for item in reading.factors])
+    return reading.tail if reading.tail.agrees(reading.preference, rows, slopes) else None
 
 
 def _top(change: Tensor, count: int) -> Tensor:
