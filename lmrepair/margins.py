@@ -92,7 +92,7 @@ def read_margins(
             (slope,) = torch.autograd.grad((picked[:, 0] - picked[:, 1]).sum(), states, retain_graph=True)
             outputs = [watched.outputs[layer] for layer in sites.layers]
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
-            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start)
+            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, sites.layers == (last,))
     joint = Preference.join(preferences)
     return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
 
@@ -113,25 +113,11 @@ def _factors(
     inputs: Mapping[int, Tensor],
     sites: Sites,
     first: int,
+    last: bool,
 ) -> list[Factors]:
-    """Failures share no positions, so their first open rows go into one backward pass, their second into the next."""
+    """The factors of a batch's failures; ``last`` where the last layer alone is written to."""
     owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
-    turns = max(len(own) for own in owned)
-    per_turn = sum(output.numel() for output in outputs)
-    together = max(1, SLOPES_AT_ONCE // per_turn)
-    slopes: list[list[Tensor]] = [[] for _ in outputs]
-    for begin in range(0, turns, together):
-        count = min(together, turns - begin)
-        seeds = torch.zeros(count, *states.shape, dtype=states.dtype, device=states.device)
-        for own in owned:
-            for turn, row in enumerate(own[begin : begin + count].tolist()):
-                seeds[turn, 0, row] = slope[0, row]
-        made = torch.autograd.grad(
-            states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=begin + count < turns
-        )
-        for kept, part in zip(slopes, made, strict=True):
-            kept.append(part)
-    joined = [torch.cat(parts) for parts in slopes]
+    joined = _at_own(batch, owned, slope, states, outputs[0]) if last else _passes(owned, slope, states, outputs)
     found = []
     for index, own in enumerate(owned):
         if not len(own):
@@ -150,3 +136,36 @@ def _factors(
             )
         )
     return found
+
+
+def _passes(owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """For each layer, slopes [turns, B, T, d]: turn r is about the r-th open row of every failure.
+
+    Failures share no positions, so their first open rows go into one backward pass, their second into the next.
+    """
+    turns = max(len(own) for own in owned)
+    together = max(1, SLOPES_AT_ONCE // sum(output.numel() for output in outputs))
+    slopes: list[list[Tensor]] = [[] for _ in outputs]
+    for begin in range(0, turns, together):
+        count = min(together, turns - begin)
+        seeds = torch.zeros(count, *states.shape, dtype=states.dtype, device=states.device)
+        for own in owned:
+            for turn, row in enumerate(own[begin : begin + count].tolist()):
+                seeds[turn, 0, row] = slope[0, row]
+        made = torch.autograd.grad(
+            states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=begin + count < turns
+        )
+        for kept, part in zip(slopes, made, strict=True):
+            kept.append(part)
+    return [torch.cat(parts) for parts in slopes]
+
+
+def _at_own(batch: Batch, owned: Sequence[Tensor], slope: Tensor, states: Tensor, output: Tensor) -> list[Tensor]:
+    """The same for the last layer: behind it no position sees another, so one backward pass has all slopes."""
+    (made,) = torch.autograd.grad(states, output, grad_outputs=slope)
+    flat = made.reshape(-1, made.shape[-1])
+    slopes = torch.zeros(max(len(own) for own in owned), *flat.shape, dtype=flat.dtype, device=flat.device)
+    for own in owned:
+        places = batch.rows[own]
+        slopes[torch.arange(len(own), device=places.device), places] = flat[places]
+    return [slopes.reshape(-1, *made.shape)]

@@ -193,3 +193,18 @@ def test_bfloat16_gives_nearly_the_same(kind: str) -> None:
         wanted = gradients[row][1]
         near = torch.nn.functional.cosine_similarity(j.flatten(), wanted.flatten(), dim=0)
         assert not same[row] or float(near) > 0.95
+
+
+def test_the_last_layers_slopes_are_had_in_one_pass(net: Net) -> None:
+    """The short way for the last layer alone gives what the general way gives for it among others."""
+    last = LAYERS - 1
+    alone = Sites({last: torch.arange(net.widths[last])})
+    with settled(net.model):
+        batches = net.batches(tokens_of(net))
+        short = read_margins(net, batches, alone, None, 0.5).factors
+        long = read_margins(net, batches, net.every_site(), None, 0.5).factors
+    assert len(short) == len(long) > 1
+    for one, other in zip(short, long, strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert torch.equal(one.inputs[last], other.inputs[last])
+        assert torch.allclose(one.slopes[last], other.slopes[last], atol=1e-5 * float(other.slopes[last].abs().max()))
