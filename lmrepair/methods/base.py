@@ -165,3 +165,11 @@ def metric_of(problem: Problem) -> Metric:
     if problem.metric is None:
         raise UsageError("the method needs statistics of reference text; repair() gathers them")
     return problem.metric
+
+
+def read_preference(net: Net, batches: Sequence[Batch], focus: Tensor | None, margin: float | None) -> Reading:
+    """A reading of what is preferred now and nothing else, for methods that take gradients when they solve."""
+    from lmrepair.net import Reading
+
+    preference = net.prefer(batches)
+    return Reading(preference, margin is not None and preference.holds(focus, margin))

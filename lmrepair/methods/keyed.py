@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, setting
+from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, read_preference, setting
 from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ class Keyed(Method):
         memory: Any = None,  # noqa: ARG002
     ) -> Reading:
         """What is preferred now; keys and values are read for each step."""
-        from lmrepair.net import Reading
-
-        preference = net.prefer(batches)
-        return Reading(preference, margin is not None and preference.holds(focus, margin))
+        return read_preference(net, batches, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
         metrics = problem.memory if problem.memory is not None else self.metrics(problem)

@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import ModelError
-from lmrepair.methods.base import Method, Problem, Step, setting
+from lmrepair.methods.base import Method, Problem, Step, read_preference, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +73,7 @@ class Mint(Method):
         memory: object = None,  # noqa: ARG002
     ) -> Reading:
         """What is preferred now; gradients are taken once a mistake, where candidates are chosen."""
-        from lmrepair.net import Reading
-
-        preference = net.prefer(batches)
-        return Reading(preference, margin is not None and preference.holds(focus, margin))
+        return read_preference(net, batches, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
         """One more neuron patch for the first position in focus."""
