@@ -309,7 +309,8 @@ class Net:
     def sample(self, count: int, length: int, seed: int = 0) -> list[Tokens]:
         """Texts of ``length`` tokens that the model writes by itself, sampled from its own distribution.
 
-        They start from the token that texts of this model start with, and do not stop at ends of text.
+        They start from the token that texts of this model start with, and do not stop at ends of text. Raises
+        ModelError for a model whose logits are no finite numbers.
         """
         special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
         first = next(token for token in special if token is not None)
@@ -320,6 +321,7 @@ class Net:
             torch.random.fork_rng(devices),
             _decoding(self.model, self.tokenizer, length, True),
         ):
+            refuse_infinite(self.logits(self._batch([Tokens("start", (first,), (first,))])))
             torch.manual_seed(seed)
             output = self.model.generate(input_ids=starts, attention_mask=torch.ones_like(starts))
         return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
@@ -331,6 +333,12 @@ class Watched:
 
     inputs: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor]
+
+
+def refuse_infinite(logits: Tensor) -> None:
+    """Raise ModelError for logits that nothing can be sampled from."""
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the model's logits are no finite numbers; load it in float32 or bfloat16")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lmrepair.files import write_atomically
 from lmrepair.fingerprint import fingerprint
 from lmrepair.methods import Asked
 from lmrepair.moments import Moment, Statistics
-from lmrepair.net import TOKENS_AT_ONCE, Net, settled
+from lmrepair.net import TOKENS_AT_ONCE, Net, refuse_infinite, settled
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
 TEXTS, LENGTH = 64, 192  # how much text a model writes for its own statistics, in tokens
@@ -103,6 +103,7 @@ def gather(
         for number, batch in enumerate(batches):
             with torch.enable_grad(), net.watch(layers) as watched:
                 logits = net.logits(batch).float()
+                refuse_infinite(logits)
                 said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
                 loss = F.cross_entropy(logits, said, reduction="sum")
                 made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in layers])

@@ -19,7 +19,7 @@ from oracle_models import HIDDEN, LAYERS, WIDTH, State
 from torch import Tensor
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lmrepair import Net, Reference
+from lmrepair import ModelError, Net, Reference
 from lmrepair import statistics as module
 from lmrepair.drift import windows
 from lmrepair.failures import Tokens
@@ -521,3 +521,14 @@ def test_where_statistics_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert cache_folder() == tmp_path / "home" / ".cache" / "lmrepair"
     monkeypatch.setenv("LMREPAIR_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+def test_a_model_without_finite_logits_is_refused() -> None:
+    """A half-precision overflow, say: nothing can be sampled from it, and the message says what to do."""
+    net = oracle_models.net()
+    tokens = net.tokenize(oracle_models.FAILURES)
+    net.columns(1)[3] = float("nan")
+    with pytest.raises(ModelError, match="no finite numbers; load it in float32"):
+        net.sample(2, 4)
+    with pytest.raises(ModelError, match="no finite numbers"):
+        gather(net, tokens, Asked("full", "full", 8, 0.01), "own")
