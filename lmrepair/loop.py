@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median
@@ -24,13 +24,12 @@ from lmrepair.net import Batch, Net, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
 from lmrepair.solver import Known, Solver
+from lmrepair.solver import Progress as Progress
 from lmrepair.trial import Change, Trial
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lmrepair.moments import Metric
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
+MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, setting
-from lmrepair.methods.keyed import MOMENTS, spanned
+from lmrepair.methods.base import MOMENTS, Asked, Method, Problem, Step, metric_of, setting
+from lmrepair.methods.keyed import spanned
 from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import Asked, Method, Problem, Step, metric_of, read_preference, setting
+from lmrepair.methods.base import MOMENTS, Asked, Method, Problem, Step, metric_of, read_preference, setting
 from lmrepair.targeting import share_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lmrepair.methods.values import Search
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
-MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 SPARE = 1.0  # logits that a value aims beyond the margin: the change is felt at other positions too
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import Asked, Problem, Step, Targeted, setting
+from lmrepair.methods.base import MOMENTS, Asked, Problem, Step, Targeted, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,6 @@ CLOSE = 0.2  # share of the last rise below which what is missing is solved for 
 STAY = 0.5  # share of its margin that a position keeps that was right
 RIDGE = 1e-3  # of the mean diagonal of the system
 LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
-MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
 EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
@@ -127,8 +126,7 @@ class MinKl(Targeted):
             rows = (problem.focus & (missing > 0)).nonzero().squeeze(1)
             across = state.outputs[layer].apply(slopes[rows])
             system = ((z[rows] @ near[rows].T) * (slopes[rows] @ across.T)).double()
-            ridge = RIDGE * system.diagonal().mean().clamp(min=LEAST) * torch.eye(len(rows)).to(system)
-            weights = not_negative((system + system.T) / 2 + ridge, missing[rows]).float()
+            weights = _weights((system + system.T) / 2, missing[rows])
             change = change + near[rows].T @ (weights[:, None] * across)
         return change
 
@@ -136,9 +134,7 @@ class MinKl(Targeted):
         """Layer → change [k, d]."""
         import torch
 
-        mean = state.system.diagonal().mean().clamp(min=LEAST)
-        ridge = RIDGE * mean * torch.eye(len(state.system)).to(state.system)
-        weights = not_negative(state.system + ridge, state.rise(problem)).float()
+        weights = _weights(state.system, state.rise(problem))
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
             for weight, item in zip(weights.split([len(item.rows) for item in state.items]), state.items, strict=True):
@@ -306,6 +302,14 @@ def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
             wrong = torch.arange(count, device=wrong.device) == int(wrong.nonzero()[0])
         active = active ^ wrong
     return weights.clamp(min=0)
+
+
+def _weights(system: Tensor, rise: Tensor) -> Tensor:
+    """The weights [n] (float32) that raise margins by ``rise`` [n] through their ``system``, with a ridge added."""
+    import torch
+
+    ridge = RIDGE * system.diagonal().mean().clamp(min=LEAST) * torch.eye(len(system)).to(system)
+    return not_negative(system + ridge, rise).float()
 
 
 def _agreeing(reading: Margins) -> Tail | None:
