@@ -17,7 +17,6 @@ from lmrepair.failures import Failure, Tokens, read_failures, read_lines
 from lmrepair.fingerprint import fingerprint
 from lmrepair.loading import EMBEDDED, load
 from lmrepair.loop import repair
-from lmrepair.methods import Star
 from lmrepair.net import Net
 from lmrepair.patch import Patch
 from lmrepair.render import drift_text, visible
@@ -44,7 +43,7 @@ def run_demo(device: str, say: Callable[[str], None]) -> dict[str, Any]:
     before = _answers(net, failures)
     worded_before = _share_right(net, wordings)
     nearby_before = _free(net, neighbours)
-    result = repair(net, failures, Star())
+    result = repair(net, failures)
     after = _answers(net, failures)
     say(f"{result.failing} prompts it completes wrongly, before and after the repair:\n")
     for failure, old, new in zip(failures, before, after, strict=True):

@@ -18,7 +18,7 @@ from lmrepair.fingerprint import fingerprint
 from lmrepair.gate import Gate
 from lmrepair.gating import Gated, Search, Solved, best_of, gated, why
 from lmrepair.guard import Guard, Scaled
-from lmrepair.methods import Method, Star
+from lmrepair.methods import Method, MinKl
 from lmrepair.moments import Statistics
 from lmrepair.net import Batch, Net, settled
 from lmrepair.patch import Patch
@@ -129,7 +129,7 @@ def repair(
             f"failures {first.id!r} and {second.id!r} want different targets for one prompt "
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
-    method = method or Star()
+    method = method or MinKl()
     known = Known.of(net, method, statistics, progress)
     guard = Guard.of(net, gate, reference, net.tokenize(failures)) if gate is not None else None
     attempt = _kept(net, failures, method, known, guard, progress)
@@ -157,7 +157,7 @@ def repair_each(
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
     With a ``gate``, each patch has to pass it on its own: there is a patch only where it does.
     """
-    method = method or Star()
+    method = method or MinKl()
     known = Known.of(net, method, statistics, progress)
     guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
     for failure in failures:

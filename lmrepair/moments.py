@@ -51,11 +51,14 @@ class Moment:
             return x @ values
         return (x @ values.T) @ values / len(values) if self.kind == "sampled" else x * values
 
+    def damped(self, x: Tensor, damping: float) -> Tensor:
+        """x (M + damping·mean(diag M)·I), what ``inverse`` takes back."""
+        return self.apply(x) + _added(self, damping) * x
+
     def inverse(self, damping: float) -> Inverse:
         """(M + damping·mean(diag M)·I)⁻¹, factored in float64 and applied in float32."""
         values = self.values.double()
-        scale = float(self.diagonal.double().mean())
-        added = damping * scale if scale > 0 else 1.0
+        added = _added(self, damping)
         if self.kind == "diagonal":
             return Inverse("diagonal", (1.0 / (values + added)).float())
         if self.kind == "full":
@@ -72,6 +75,11 @@ class Moment:
     def identity(width: int, scale: float = 1.0) -> Moment:
         """The moment that prefers no direction: scale·I."""
         return Moment("diagonal", torch.full((width,), scale))
+
+
+def _added(moment: Moment, damping: float) -> float:
+    scale = float(moment.diagonal.double().mean())
+    return damping * scale if scale > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -140,3 +148,8 @@ class Metric:
         moment = self.statistics.inputs[layer]
         part = moment.at(columns)
         return self.inputs[layer] if part is moment else part.inverse(self.damping)
+
+    def through(self, layer: int, columns: Tensor, delta: Tensor) -> Tensor:
+        """C Δ F for a change [k, d] of some neurons [k] of a layer, damped as the inverses are."""
+        inputs, outputs = self.statistics.inputs[layer].at(columns), self.statistics.outputs[layer]
+        return outputs.damped(inputs.damped(delta.T, self.damping).T, self.damping)

@@ -31,6 +31,7 @@ ORDER = [
     "basis",
     "tail",
     "margins",
+    "dual",
     "moments",
     "closed_form",
     "direct_path",

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lmrepair import Failure, FailuresError, MinKl, Net, Reference, UsageError, repair, repair_each
 from lmrepair.basis import Bases
+from lmrepair.dual import RIDGE, gram, kernel, not_negative
 from lmrepair.failures import Tokens
 from lmrepair.margins import read_margins
 from lmrepair.methods import Problem, method_named
-from lmrepair.methods.minkl import AIM, RIDGE, SPARE, STAY, kernel, not_negative
+from lmrepair.methods.minkl import AIM, SPARE, STAY
 from lmrepair.moments import Metric, Moment, Statistics
 from lmrepair.net import Sites, settled
 from lmrepair.statistics import gather
@@ -92,6 +93,9 @@ def test_the_kernel_is_the_dense_inner_product(kind: str, at_once: int) -> None:
     assert found.dtype == torch.float64
     scale = wanted.diagonal().sqrt()
     assert float(((found - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
+    same = gram(factors, whitened)
+    assert torch.equal(same, same.T)
+    assert float(((same - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
 
 
 @st.composite

@@ -19,7 +19,7 @@ from lmrepair.methods.star import Star
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Star, MinKl, Direct, Rome, Emmet, Memit, AlphaEdit, Mint, Sgd, FineTune, Lora)
 }
-DEFAULT = Star.name
+DEFAULT = MinKl.name
 
 __all__ = [
     "DEFAULT",
@@ -50,7 +50,10 @@ def method_named(name: str, preset: str | None = None, /, **settings: object) ->
         raise UsageError(f"unknown method {name!r}; {nearest(name, METHODS)}")
     kind = METHODS[name]
     if preset is not None and preset not in kind.presets:
-        raise UsageError(f"method {name!r} has no preset {preset!r}; {nearest(preset, kind.presets)}")
+        having = [other.name for other in METHODS.values() if preset in other.presets]
+        every = {known for other in METHODS.values() for known in other.presets}
+        advice = f"these have it: {', '.join(having)}" if having else nearest(preset, kind.presets or every)
+        raise UsageError(f"method {name!r} has no preset {preset!r}; {advice}")
     known = [spec.name for spec in fields(kind)]
     for key in settings:
         if key not in known:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import MOMENTS, Asked, Problem, Step, Targeted, setting
+from lmrepair.methods.base import MOMENTS, Asked, Problem, Step, Targeted, metric_of, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
+KEEP, KEPT = 0.8, 3  # of several failures: share of the change so far that the first steps keep, and how many do
 STAY = 0.5  # share of its margin that a position keeps that was right
-RIDGE = 1e-3  # of the mean diagonal of the system
-LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
-SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
-EXCHANGES = 10  # of whole sets of constraints, before they go one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class MinKl(Targeted):
     name: ClassVar[str] = "minkl"
 
     epochs: int = setting(20, "most steps for one problem", positive=True)
-    margin: float = setting(1.0, "by how many logits a position must be preferred to count as done")
+    margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
     outputs: str = setting("auto", "how the Fisher of the FFN outputs is kept", MOMENTS)
     samples: int = setting(2048, "reference positions that sampled moments keep", positive=True)
@@ -89,13 +86,16 @@ class MinKl(Targeted):
             return self._last_layer(problem, state, tail)
         if reading.factors:
             state = state.linearised(reading.factors)
-        changes = self._changes(problem, state)
+        keep = KEEP if 0 < problem.step <= KEPT and reading.factors and len(state.items) > 1 else 1.0
+        changes = self._changes(problem, state, keep)
         if self.neurons and not problem.step:
             chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
             state = _State.of(problem, chosen).aimed(problem, self.margin, self._asked).linearised(reading.factors)
-            changes = self._changes(problem, state)
+            changes = self._changes(problem, state, keep)
         deltas = {
-            layer: delta.index_add(0, state.places[layer].to(delta.device), changes[layer])
+            layer: (delta if keep == 1 else keep * delta).index_add(
+                0, state.places[layer].to(delta.device), changes[layer]
+            )
             for layer, delta in problem.deltas.items()
         }
         return Step(deltas, replace(state, short=float(state.rise(problem).max())))
@@ -114,6 +114,8 @@ class MinKl(Targeted):
         """The change [k, d] of the neurons that leaves no margin open."""
         import torch
 
+        from lmrepair.dual import weights_for
+
         (layer,) = problem.sites.layers
         z = tail.inputs[:, state.places[layer].to(tail.inputs.device)]
         near = state.inputs[layer].apply(z)
@@ -126,15 +128,20 @@ class MinKl(Targeted):
             rows = (problem.focus & (missing > 0)).nonzero().squeeze(1)
             across = state.outputs[layer].apply(slopes[rows])
             system = ((z[rows] @ near[rows].T) * (slopes[rows] @ across.T)).double()
-            weights = _weights((system + system.T) / 2, missing[rows])
+            weights = weights_for((system + system.T) / 2, missing[rows])
             change = change + near[rows].T @ (weights[:, None] * across)
         return change
 
-    def _changes(self, problem: Problem, state: _State) -> dict[int, Tensor]:
-        """Layer → change [k, d]."""
+    def _changes(self, problem: Problem, state: _State, keep: float) -> dict[int, Tensor]:
+        """Layer → what is to be added [k, d] to ``keep`` of the change so far."""
         import torch
 
-        weights = _weights(state.system, state.rise(problem))
+        from lmrepair.dual import weights_for
+
+        rise = state.rise(problem)
+        if keep < 1:
+            rise = rise + (1 - keep) * state.raised_by(problem)
+        weights = weights_for(state.system, rise)
         changes: dict[int, Tensor] = {}
         for layer in problem.sites.layers:
             for weight, item in zip(weights.split([len(item.rows) for item in state.items]), state.items, strict=True):
@@ -167,9 +174,7 @@ class _State:
     def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
         import torch
 
-        metric, columns = problem.metric, problem.sites.columns
-        if metric is None:
-            raise UsageError("minkl needs statistics of reference text; repair() gathers them")
+        metric, columns = metric_of(problem), problem.sites.columns
         chosen = places or {layer: torch.arange(len(columns[layer])) for layer in columns}
         inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
         return _State(chosen, inverses, metric.outputs)
@@ -194,6 +199,22 @@ class _State:
         missing: Tensor = self.aims + problem.reading.preference.gap
         return missing[self.rows].double()
 
+    def raised_by(self, problem: Problem) -> Tensor:
+        """By how much the change so far raises the linearised margins, [n]."""
+        import torch
+
+        metric, found = metric_of(problem), []
+        through = {
+            layer: metric.through(layer, problem.sites.columns[layer].cpu()[places], problem.deltas[layer][places])
+            for layer, places in self.places.items()
+        }
+        for item in self.items:
+            parts = [
+                torch.einsum("std,td->s", g, item.inputs[layer] @ through[layer]) for layer, g in item.slopes.items()
+            ]
+            found.append(torch.stack(parts).double().sum(dim=0))
+        return torch.cat(found)
+
     def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
         """Which positions are open now, and of which gradients are read anew.
 
@@ -214,25 +235,25 @@ class _State:
 
     def linearised(self, factors: Sequence[Factors]) -> _State:
         """With some failures read anew: their gradients take the place of the old ones, in the system too."""
+        import torch
+
+        from lmrepair.dual import gram, kernel
 
         fresh = [self.restrict(item) for item in factors]
         white = [self.whiten(item) for item in fresh]
         again = {item.first for item in factors}
-        kept = [index for index, item in enumerate(self.items) if item.first not in again]
-        items = [self.items[index] for index in kept] + white
-        columns = kernel(items, fresh)
-        old = len(columns) - columns.shape[1]
-        sizes = [len(item.rows) for item in self.items]
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        places = [row for index in kept for row in range(starts[index], starts[index] + sizes[index])]
-        system = columns.new_zeros(len(columns), len(columns))
-        if places:
-            system[:old, :old] = self.system[places][:, places]
-        system[:, old:] = columns
-        system[old:] = columns.T
-        corner = columns[old:]
-        system[old:, old:] = (corner + corner.T) / 2
-        return replace(self, items=tuple(items), system=system)
+        kept = [item for item in self.items if item.first not in again]
+        corner = gram(fresh, white)
+        if not kept:
+            return replace(self, items=tuple(white), system=corner)
+        side = kernel(kept, fresh)
+        stays = torch.cat(
+            [torch.full_like(item.rows, item.first not in again, dtype=torch.bool) for item in self.items]
+        )
+        old = self.system[stays][:, stays]
+        return replace(
+            self, items=(*kept, *white), system=torch.cat([torch.cat([old, side], 1), torch.cat([side.T, corner], 1)])
+        )
 
     def restrict(self, item: Factors) -> Factors:
         inputs = {
@@ -248,68 +269,6 @@ class _State:
             inputs={layer: self.inputs[layer].apply(z) for layer, z in item.inputs.items()},
             slopes={layer: self.outputs[layer].apply(g) for layer, g in item.slopes.items()},
         )
-
-
-def kernel(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
-    """K [n, r]: K_st = Σ_layers Σ_ij (g_si · g_tj) (z_i · z_j) in float64, one of the sides whitened by C⁻¹ and F⁻¹.
-
-    That is how far one unit of weight on position t moves the margin of position s.
-    """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    rows = []
-    for begin in range(0, len(left), SIDE_BY_SIDE):
-        some = left[begin : begin + SIDE_BY_SIDE]
-        most = max(len(item.rows) for item in some)
-        total: Any = 0
-        for layer in some[0].inputs:
-            z = pad_sequence([item.inputs[layer] for item in some], batch_first=True)
-            g = z.new_zeros(len(some), most, z.shape[1], some[0].slopes[layer].shape[2])
-            for index, item in enumerate(some):
-                g[index, : len(item.rows), : item.slopes[layer].shape[1]] = item.slopes[layer]
-            flat = g.flatten(2)
-            blocks = []
-            for item in right:
-                near = z @ item.inputs[layer].T
-                carried = near[:, None] @ item.slopes[layer]
-                blocks.append(flat @ carried.flatten(2).transpose(1, 2))
-            total = total + torch.cat(blocks, dim=2).double()
-        rows += [total[index, : len(item.rows)] for index, item in enumerate(some)]
-    return torch.cat(rows)
-
-
-def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
-    """The weights λ ≥ 0 [N] of least λᵀAλ/2 − λᵀb: constraints that hold by themselves get none.
-
-    Block exchanges of the set of active constraints, then single ones by least index, which cannot
-    cycle for a positive definite A.
-    """
-    import torch
-
-    count = len(wanted)
-    active = torch.ones(count, dtype=torch.bool, device=wanted.device)
-    slack = 1e-10 * wanted.abs().max().clamp(min=1e-300)
-    for turn in range(EXCHANGES + 3 * count):
-        weights = torch.zeros_like(wanted)
-        chosen = active.nonzero().squeeze(1)
-        if len(chosen):
-            weights[chosen] = torch.linalg.solve(system[chosen][:, chosen], wanted[chosen])
-        wrong = (active & (weights < 0)) | (~active & (wanted - system @ weights > slack))
-        if not bool(wrong.any()):
-            return weights
-        if turn >= EXCHANGES:
-            wrong = torch.arange(count, device=wrong.device) == int(wrong.nonzero()[0])
-        active = active ^ wrong
-    return weights.clamp(min=0)
-
-
-def _weights(system: Tensor, rise: Tensor) -> Tensor:
-    """The weights [n] (float32) that raise margins by ``rise`` [n] through their ``system``, with a ridge added."""
-    import torch
-
-    ridge = RIDGE * system.diagonal().mean().clamp(min=LEAST) * torch.eye(len(system)).to(system)
-    return not_negative(system + ridge, rise).float()
 
 
 def _agreeing(reading: Margins) -> Tail | None:
