@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from lmrepair.net import Net
     from lmrepair.patch import Patch
+    from lmrepair.wordings import Wordings
 
 _HOME = {
     "errors": ("FailuresError", "LmrepairError", "ModelError", "PatchError", "UsageError", "WrongModelError"),
@@ -52,6 +53,7 @@ _HOME = {
     "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
     "gate": ("Gate", "Protected", "read_protected"),
     "gating": ("Gated",),
+    "wordings": ("Wordings",),
     "methods": (
         "AlphaEdit",
         "Direct",
@@ -104,6 +106,7 @@ __all__ = [
     "Star",
     "Template",
     "UsageError",
+    "Wordings",
     "WrongModelError",
     "answers",
     "diagnose",

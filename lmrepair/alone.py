@@ -11,8 +11,10 @@ from lmrepair.failures import Failure
 from lmrepair.gate import Gate
 from lmrepair.loop import Progress, Repair, repair_each, with_drift
 from lmrepair.methods import Method
+from lmrepair.moments import Statistics
 from lmrepair.net import Net
 from lmrepair.render import PatchSize
+from lmrepair.wordings import Wordings
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 
@@ -25,6 +27,8 @@ def repair_alone(
     target: Path | None,
     progress: Progress,
     gate: Gate | None = None,
+    statistics: Statistics | None = None,
+    wordings: Wordings | None = None,
 ) -> tuple[list[Repair], list[PatchSize], list[Drift], bool]:
     """Repair each failure from the untouched net; patches that repair go into the folder ``target``.
 
@@ -35,7 +39,7 @@ def repair_alone(
     drifts: list[Drift] = []
     held: list[Repair] = []
     saved = 0
-    for one in repair_each(net, rows, method, gate=gate):
+    for one in repair_each(net, rows, method, statistics=statistics, gate=gate, wordings=wordings):
         made.append(replace(one, patch=None))
         progress("repairs", len(made), len(rows))
         if one.patch is not None:

@@ -218,6 +218,8 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
     found = {"data": _data(job)}
     if cell.data.heldout:
         found["heldout"] = job.data / cell.data.heldout
+    if cell.method.statistics:
+        found["statistics"] = data_file(job, cell.method.statistics, "reference.jsonl")
     for spec in cell.drift:
         found[f"drift {spec.kind}"] = data_file(job, spec.file, "reference.jsonl")
     made = {}

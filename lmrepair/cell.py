@@ -28,6 +28,7 @@ from lmrepair.loading import load
 from lmrepair.loop import Repair, repair, repair_each
 from lmrepair.machine import Peak, machine, versions
 from lmrepair.methods import Method
+from lmrepair.moments import Statistics
 from lmrepair.net import Net
 from lmrepair.patch import Patch
 from lmrepair.records import (
@@ -43,6 +44,7 @@ from lmrepair.records import (
     point_data,
 )
 from lmrepair.sideeffects import SideEffects, effect, neighbours, probes, side_effects
+from lmrepair.statistics import statistics_of
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 ROWS_AT_ONCE = 32
@@ -77,7 +79,8 @@ def measure(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     torch.manual_seed(cell.seed)
     net = load(model_source(job), device=job.device, dtype=cell.model.dtype)
-    study = _Study(net, cell, _rows(net, job), [_reference(net, spec, job) for spec in cell.drift])
+    references = [_reference(net, spec, job) for spec in cell.drift]
+    study = _Study(net, cell, _rows(net, job), references, _statistics(net, job))
     found = study.run()
     return {
         "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
@@ -114,6 +117,16 @@ def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
         ids = net.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"][: length - 1]
         texts.append(str(net.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
     return replace(whole, texts=tuple(texts))
+
+
+def _statistics(net: Net, job: Job) -> Statistics | None:
+    """What the method knows of reference text, where the grid gives it more than the model's own."""
+    spec = job.cell.method
+    method = spec.build(job.cell.targeting, job.cell.seed)
+    asked = method.asks() if method is not None else None
+    if spec.statistics is None or asked is None:
+        return None
+    return statistics_of(net, asked, read_reference(data_file(job, spec.statistics, "reference.jsonl")))
 
 
 def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
@@ -167,8 +180,10 @@ def _asked(row: Failure) -> str:
 class _Study:
     """One cell under measurement: what is read once of the untouched net, and the study's records."""
 
-    def __init__(self, net: Net, cell: Cell, rows: Rows, references: Sequence[Reference]) -> None:
-        self.net, self.cell, self.rows, self.references = net, cell, rows, references
+    def __init__(
+        self, net: Net, cell: Cell, rows: Rows, references: Sequence[Reference], statistics: Statistics | None
+    ) -> None:
+        self.net, self.cell, self.rows, self.references, self.statistics = net, cell, rows, references, statistics
         self.method = cell.method.build(cell.targeting, cell.seed)
 
     def run(self) -> dict[str, Any]:
@@ -205,7 +220,7 @@ class _Study:
         found: list[dict[str, Any]] = []
         held: list[tuple[dict[str, Any], Patch]] = []
         size = 0
-        made = repair_each(self.net, self.rows.failing, method)
+        made = repair_each(self.net, self.rows.failing, method, statistics=self.statistics)
         peak = Peak(self.net.device)
         for row, before in zip(self.rows.failing, self.before, strict=True):
             torch.manual_seed(self.cell.seed)
@@ -239,7 +254,8 @@ class _Study:
         """All failures in one patch."""
         peak = Peak(self.net.device)
         peak.start()
-        joint = repair(self.net, self.rows.failing, method, min(self.references, key=_size, default=None))
+        shortest = min(self.references, key=_size, default=None)
+        joint = repair(self.net, self.rows.failing, method, shortest, statistics=self.statistics)
         memory = peak.read()
         if joint.patch is not None:
             joint.patch.revert(self.net)
@@ -267,6 +283,7 @@ class _Study:
             self.cell.measures.every,
             joint=method.mode == "multi-failure" and len(self.rows.failing) <= self.cell.measures.joint,
             texts=True,
+            statistics=self.statistics,
         )
         return {
             "failures": [outcome_data(self.net, outcome) for outcome in done.outcomes],

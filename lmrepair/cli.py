@@ -41,6 +41,7 @@ from lmrepair.options import (
     Wrap,
     chosen_gate,
     chosen_method,
+    chosen_statistics,
     read_references,
     refuse_unwritable,
     with_method_options,
@@ -137,6 +138,9 @@ def repair(
     output: Path | None = None,
     failing: int | None = None,
     reference: Path | None = None,
+    statistics: Path | None = None,
+    paraphrases: bool = False,
+    prefixes: int = 0,
     max_kl: float | None = None,
     protect: Path | None = None,
     memory: list[Path] | None = None,
@@ -159,15 +163,20 @@ def repair(
     from lmrepair.diagnosis import diagnose as find
     from lmrepair.drift import read_reference
     from lmrepair.loop import repair as repair_together
+    from lmrepair.wordings import Wordings
 
     text = read_reference(reference)
+    known = chosen_statistics(net, chosen, statistics)
+    wordings = Wordings.drawn(net, paraphrases, prefixes, seed) if paraphrases or prefixes else None
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
     with progress_bars() as progress:
         if alone:
-            repairs, sizes, drifts, saved = repair_alone(net, rows, chosen, text, target, progress, gate)
+            repairs, sizes, drifts, saved = repair_alone(
+                net, rows, chosen, text, target, progress, gate, known, wordings
+            )
         else:
-            repairs = [repair_together(net, rows, chosen, text, progress, gate=gate)]
+            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings)]
             patches = [one.patch for one in repairs if one.patch is not None]
             sizes = [render.PatchSize.of(patch) for patch in patches]
             drifts = [one.drift for one in repairs if one.drift is not None]

@@ -88,6 +88,7 @@ def cumulative(
     joint: bool = True,
     texts: bool = False,
     progress: Progress = quiet,
+    statistics: Statistics | None = None,
 ) -> Cumulative:
     """Repair the failures one after another, each on the net that the repairs before it left.
 
@@ -104,7 +105,8 @@ def cumulative(
             "no model can give both: keep one"
         )
     asked = method.asks()
-    statistics = statistics_of(net, asked) if asked else None
+    if statistics is None and asked:
+        statistics = statistics_of(net, asked)
     run = _Run(net, net.tokenize(failures), net.tokenize(held_out), tuple(references), texts)
     with Trial(net, net.every_site()) as trial:
         run.untouched = _State(trial.originals)

@@ -30,6 +30,17 @@ class Failure:
     paraphrases: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
 
+    @property
+    def asked(self) -> str:
+        """The prompt, or the last message of the chat."""
+        return self.messages[-1]["content"] if self.messages else self.prompt
+
+    def asking(self, text: str) -> Failure:
+        """The same failure with another text for its prompt, or for the last message of its chat."""
+        if not self.messages:
+            return replace(self, prompt=text)
+        return replace(self, messages=(*self.messages[:-1], {**self.messages[-1], "content": text}))
+
 
 @dataclass(frozen=True)
 class Tokens:

@@ -26,10 +26,12 @@ from lmrepair.patchfile import Item, Made
 from lmrepair.solver import Known, Solver
 from lmrepair.solver import Progress as Progress
 from lmrepair.trial import Change, Trial
+from lmrepair.wordings import Wordings
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
+WORTH_SAYING = 1 << 28  # bytes of memory
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def repair(
     progress: Progress = quiet,
     statistics: Statistics | None = None,
     gate: Gate | None = None,
+    wordings: Wordings | None = None,
 ) -> Repair:
     """Repair all failures together in one patch, and leave the net with that patch applied.
 
@@ -116,6 +119,9 @@ def repair(
     with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
     A method that needs ``statistics`` of reference text has them gathered from text the model writes by
     itself, once for each model, unless they are given.
+
+    ``wordings``: other prompts that are solved together with the failures, so that the repair carries over;
+    whether they come out right in the end is not part of the result.
 
     With a ``gate`` the patch is kept only if it passes; it is shrunk until it does, or made again without
     the failures that cost most. Without one, any patch that repairs something is kept.
@@ -132,7 +138,7 @@ def repair(
     method = method or MinKl()
     known = Known.of(net, method, statistics, progress)
     guard = Guard.of(net, gate, reference, net.tokenize(failures)) if gate is not None else None
-    attempt = _kept(net, failures, method, known, guard, progress)
+    attempt = _kept(net, failures, method, known, guard, progress, wordings)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
@@ -150,6 +156,7 @@ def repair_each(
     progress: Progress = quiet,
     statistics: Statistics | None = None,
     gate: Gate | None = None,
+    wordings: Wordings | None = None,
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
@@ -161,7 +168,7 @@ def repair_each(
     known = Known.of(net, method, statistics, progress)
     guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
     for failure in failures:
-        attempt = _kept(net, [failure], method, known, guard, progress)
+        attempt = _kept(net, [failure], method, known, guard, progress, wordings)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
@@ -186,6 +193,7 @@ class _Attempt:
     changes: Mapping[int, Change]
     cost: Cost
     gate: Gated | None = None
+    wordings: Wordings | None = None
 
     @property
     def repaired(self) -> bool:
@@ -209,21 +217,28 @@ class _Attempt:
         )
         versions = {name: version(name) for name in ("lmrepair", "torch", "transformers")}
         gate = self.gate.data() if self.gate is not None else {}
-        made = Made(net.name, self.method.name, self.method.settings(), {}, versions, gate)
+        settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
+        made = Made(net.name, self.method.name, settings, {}, versions, gate)
         changed = {layer: change.columns for layer, change in self.changes.items()}
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 
 def _kept(
-    net: Net, failures: Sequence[Failure], method: Method, known: Known, guard: Guard | None, progress: Progress
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method,
+    known: Known,
+    guard: Guard | None,
+    progress: Progress,
+    wordings: Wordings | None,
 ) -> _Attempt:
     """The attempt that passes the gate, at the scale and with the failures that it passes with."""
     if guard is None:
-        return _attempt(net, failures, method, known, progress)
+        return _attempt(net, failures, method, known, progress, wordings)
     attempts: list[_Attempt] = []
 
     def solve(chosen: Sequence[int], kept: Sequence[Tokens]) -> Solved:
-        attempt = _attempt(net, [failures[index] for index in chosen], method, known, progress, kept)
+        attempt = _attempt(net, [failures[index] for index in chosen], method, known, progress, wordings, kept)
         attempts.append(attempt)
         found = list(zip(chosen, attempt.outcomes, strict=True))
         fixed = tuple(index for index, outcome in found if outcome.failing and outcome.repaired)
@@ -243,7 +258,7 @@ def _kept(
     lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
     spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
     cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
-    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)))
+    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings)
 
 
 def _gated_outcomes(
@@ -260,7 +275,13 @@ def _gated_outcomes(
 
 
 def _attempt(
-    net: Net, failures: Sequence[Failure], method: Method, known: Known, progress: Progress, kept: Sequence[Tokens] = ()
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method,
+    known: Known,
+    progress: Progress,
+    wordings: Wordings | None,
+    kept: Sequence[Tokens] = (),
 ) -> _Attempt:
     """Diagnose, locate, solve, apply and check; the weights are as they were afterwards.
 
@@ -277,8 +298,13 @@ def _attempt(
         sites = method.sites(net, batches, preference)
         with Trial(net, sites) as trial:
             solver = Solver(net, method, known, sites, trial, progress)
-            rows = [*tokens, *kept]
-            solver.solve(rows, [*before, *(Diagnosis(item, ()) for item in kept)])
+            others = wordings.of(net, failures) if wordings else []
+            rows = [*tokens, *others, *kept]
+            worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
+            needed = method.memory(net, rows, sites)
+            if needed >= WORTH_SAYING:
+                progress(f"gradients: at most {needed / 1e9:.1f} GB", 0, 1)
+            solver.solve(rows, [*before, *worded, *(Diagnosis(item, ()) for item in kept)])
             seconds = time.perf_counter() - began
             after, greedy = check(net, tokens)
             check_seconds = time.perf_counter() - began - seconds
@@ -299,7 +325,7 @@ def _attempt(
         )
         equivalents = seconds / forward_seconds(net, batches)
         cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
-        return _Attempt(method, outcomes, changes, cost)
+        return _Attempt(method, outcomes, changes, cost, wordings=wordings)
 
 
 def _nothing_to_do(

@@ -17,6 +17,8 @@ from lmrepair.methods import METHODS, Method, method_named
 
 if TYPE_CHECKING:
     from lmrepair.drift import Reference
+    from lmrepair.moments import Statistics
+    from lmrepair.net import Net
 
 Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
@@ -75,6 +77,13 @@ _PROTECT = (
     "JSON lines with prompts that must come out as before: with a target, if greedy text gives it now; without, "
     f"the first {ANSWER} tokens (or length) of the present answer."
 )
+_STATISTICS = (
+    "Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise the "
+    'change on reference text: JSON lines with "text", or plain text.'
+)
+_WORDINGS = "Other wordings, solved together with the failures"
+_PARAPHRASES = "The paraphrases that the failures come with."
+_PREFIXES = "N texts that the model writes by itself, each before every prompt."
 _MEMORY = "An earlier patch whose repairs must still hold where they hold now; repeatable."
 
 
@@ -95,6 +104,20 @@ def chosen_gate(
     limit = MAX_KL if max_kl is None and default else float("inf") if max_kl is None else max_kl
     protected = tuple(read_protected(protect, template)) if protect is not None else ()
     return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
+
+
+def chosen_statistics(net: Net, method: Method, path: Path | None) -> Statistics | None:
+    """Statistics of the text in a file beside the model's own; None without one: the repair gathers its own."""
+    if path is None:
+        return None
+    asked = method.asks()
+    if asked is None:
+        having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
+        raise UsageError(f"--statistics: method {method.name!r} reads no reference text; methods that do: {having}")
+    from lmrepair.drift import read_reference
+    from lmrepair.statistics import statistics_of
+
+    return statistics_of(net, asked, read_reference(path))
 
 
 def refuse_unwritable(target: Path | None, folder: bool) -> None:
@@ -123,6 +146,9 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
         "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
         "reference": Text,
+        "paraphrases": Annotated[bool, typer.Option("--paraphrases", help=_PARAPHRASES, rich_help_panel=_WORDINGS)],
+        "prefixes": Annotated[int, typer.Option(min=0, metavar="N", help=_PREFIXES, rich_help_panel=_WORDINGS)],
+        "statistics": Annotated[Path | None, typer.Option(metavar="FILE", help=_STATISTICS)],
         "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
         "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
         "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],

@@ -89,30 +89,19 @@ def probes(failure: Failure, example: Failure | None = None) -> dict[str, list[F
     ``case``: the prompt in lower case; where it is that already, with its first letter in upper case.
     A kind that the failure gives no probe of is an empty list.
     """
-    asked = _asked(failure)
+    asked = failure.asked
     found: dict[str, list[Failure]] = {kind: [] for kind in KINDS}
-    found["paraphrases"] = [_asking(failure, text) for text in failure.paraphrases if text != asked]
+    found["paraphrases"] = [failure.asking(text) for text in failure.paraphrases if text != asked]
     if example is not None:
         found["context"] = [_after(example, failure)]
     lower = asked.lower()
     other = lower if lower != asked else _capitalised(asked)
     if other != asked:
-        found["case"] = [_asking(failure, other)]
+        found["case"] = [failure.asking(other)]
     return {
         kind: [replace(row, id=f"{failure.id}.{kind}.{at}", paraphrases=()) for at, row in enumerate(rows)]
         for kind, rows in found.items()
     }
-
-
-def _asked(failure: Failure) -> str:
-    return failure.messages[-1]["content"] if failure.messages else failure.prompt
-
-
-def _asking(failure: Failure, text: str) -> Failure:
-    """The failure asked for in another way: its prompt, or the last message of its chat."""
-    if not failure.messages:
-        return replace(failure, prompt=text)
-    return replace(failure, messages=(*failure.messages[:-1], {**failure.messages[-1], "content": text}))
 
 
 def _after(example: Failure, failure: Failure) -> Failure:
@@ -120,7 +109,7 @@ def _after(example: Failure, failure: Failure) -> Failure:
         answered = ({"role": "assistant", "content": example.target},)
         return replace(failure, messages=(*example.messages, *answered, *failure.messages))
     joint = "" if example.target.endswith("\n") else "\n"
-    return _asking(failure, f"{_asked(example)}{example.target}{joint}{_asked(failure)}")
+    return failure.asking(f"{example.asked}{example.target}{joint}{failure.asked}")
 
 
 def _capitalised(text: str) -> str:
@@ -134,13 +123,13 @@ def neighbours(failure: Failure, pool: Sequence[Failure], count: int = 5) -> lis
     Likeness is the Jaccard index of the prompts' sets of code tokens, case folded; earlier rows win ties.
     Rows that share no token, want the same target, or ask in one of the failure's own wordings are no neighbours.
     """
-    own = {_asked(failure), *failure.paraphrases}
-    words = _words(_asked(failure))
+    own = {failure.asked, *failure.paraphrases}
+    words = _words(failure.asked)
     likeness = []
     for at, row in enumerate(pool):
-        theirs = _words(_asked(row))
+        theirs = _words(row.asked)
         shared = len(words & theirs)
-        if shared and row.target.strip() != failure.target.strip() and _asked(row) not in own:
+        if shared and row.target.strip() != failure.target.strip() and row.asked not in own:
             likeness.append((-shared / len(words | theirs), at))
     return [pool[at] for _, at in sorted(likeness)[:count]]
 
@@ -157,15 +146,15 @@ def side_effects(
     ``pool``: other rows of the same task. The example before a prompt is the first row of the pool
     (or of the failures) that wants another target. Free text is compared for the neighbours alone.
     """
-    mine = {_asked(failure) for failure in failures}
-    others = [row for row in pool if _asked(row) not in mine]
+    mine = {failure.asked for failure in failures}
+    others = [row for row in pool if row.asked not in mine]
     sets: dict[str, list[Failure]] = {kind: [] for kind in KINDS}
     near: dict[str, Failure] = {}
     for failure in failures:
         example = next((row for row in [*others, *failures] if _fits_before(row, failure)), None)
         for kind, rows in probes(failure, example).items():
             sets[kind] += rows
-        near.update((_asked(row), row) for row in neighbours(failure, others, count))
+        near.update((row.asked, row) for row in neighbours(failure, others, count))
     tokens = {kind: _tokens(net, rows) for kind, rows in sets.items()}
     around = _tokens(net, list(near.values()))
     skipped = sum(map(len, sets.values())) + len(near) - sum(map(len, tokens.values())) - len(around)
@@ -182,7 +171,7 @@ def side_effects(
 
 
 def _fits_before(example: Failure, failure: Failure) -> bool:
-    alike = example.target.strip() == failure.target.strip() or _asked(example) == _asked(failure)
+    alike = example.target.strip() == failure.target.strip() or example.asked == failure.asked
     return not alike and bool(example.messages) == bool(failure.messages)
 
 

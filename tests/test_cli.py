@@ -148,7 +148,7 @@ def test_alone_gives_a_patch_a_failure(run: Run, failures: Path) -> None:
 
 
 def test_what_cannot_be_repaired_is_said_with_status_1(run: Run, failures: Path) -> None:
-    code, out, _ = run("repair", failures, "--epochs", 1, "--learning-rate", 1e-9, "--json")
+    code, out, _ = run("repair", failures, "--method", "star", "--epochs", 1, "--learning-rate", 1e-9, "--json")
     data = json.loads(out)
     assert code == 1
     assert data["repaired"] == 0
@@ -194,6 +194,13 @@ BAD = {
     "unknown device": (b'{"prompt": "a", "target": "b"}\n', ["--device", "gpu"], "unknown device 'gpu'"),
     "no such model": (b'{"prompt": "a", "target": "b"}\n', ["--model", "./nothing"], "no such model folder"),
     "output is a folder": (b'{"prompt": "a", "target": "b"}\n', ["--output", "."], "is a folder"),
+    "statistics for nothing": (
+        b'{"prompt": "a", "target": "b"}\n',
+        ["--method", "star", "--statistics", "own.txt"],
+        "methods that do: minkl",
+    ),
+    "no statistics": (b'{"prompt": "a", "target": "b"}\n', ["--statistics", "none.txt"], "none.txt"),
+    "preset of another": (b'{"prompt": "a", "target": "b"}\n', ["--preset", "paper"], "these have it: star"),
     "no reference": (b'{"prompt": "a", "target": "b"}\n', ["--reference", "none.txt"], "none.txt"),
 }
 

@@ -23,6 +23,7 @@ ORDER = [
     "tomltable",
     "anatomy",
     "net",
+    "wordings",
     "loading",
     "fingerprint",
     "trial",

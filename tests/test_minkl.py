@@ -21,8 +21,8 @@ from lmrepair.basis import Bases
 from lmrepair.dual import RIDGE, gram, kernel, not_negative
 from lmrepair.failures import Tokens
 from lmrepair.margins import read_margins
-from lmrepair.methods import Problem, method_named
-from lmrepair.methods.minkl import AIM, SPARE, STAY
+from lmrepair.methods import Problem, Star, method_named
+from lmrepair.methods.minkl import AIM, KEEP, KEPT, SPARE, STAY
 from lmrepair.moments import Metric, Moment, Statistics
 from lmrepair.net import Sites, settled
 from lmrepair.statistics import gather
@@ -220,6 +220,31 @@ def test_a_step_closes_the_linearised_margins_and_no_cheaper_one_does(kind: str)
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
 @pytest.mark.parametrize("inputs", KINDS)
+def test_early_steps_of_several_failures_keep_a_part_of_the_change(kind: str, inputs: str) -> None:
+    """The part that goes is solved for anew; a failure alone, and later steps, keep all."""
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs=inputs, outputs="full", samples=30, margin=0.3)
+    tokens, known = tokens_of(net), statistics(net, method)
+    c = [dense(known.inputs, layer, method.damping, EVERY[layer]) for layer in range(LAYERS)]
+    f = [dense(known.outputs, layer, method.damping) for layer in range(LAYERS)]
+    for some, step, keep in ((tokens, 1, KEEP), (tokens, KEPT, KEEP), (tokens, KEPT + 1, 1.0), (tokens[:1], 1, 1.0)):
+        given = problem(net, method, some, known)
+        first = method.solve(given)
+        second = method.solve(dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=step)).deltas
+        margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(some))
+        rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
+        raised = torch.stack(
+            [sum((gradients[row][at] * first.deltas[at].double()).sum() for at in range(LAYERS)) for row in rows]
+        )
+        wanted = oracle_minkl.step(
+            [gradients[row] for row in rows], rises(method, margins[rows]) + (1 - keep) * raised, c, f, RIDGE
+        )
+        for layer in range(LAYERS):
+            assert near(second[layer], keep * first.deltas[layer].double() + wanted[layer])
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("inputs", KINDS)
 def test_few_neurons_are_those_that_carry_most_and_solved_on_their_own(kind: str, inputs: str) -> None:
     """The restricted step is the oracle's with C restricted, and the next one writes to the same neurons."""
     net = oracle_models.net(kind, dtype=torch.float64)
@@ -237,6 +262,21 @@ def test_few_neurons_are_those_that_carry_most_and_solved_on_their_own(kind: str
     for layer in range(LAYERS):
         moved = (second.deltas[layer] - first.deltas[layer]).any(dim=1).nonzero().squeeze(1)
         assert moved.tolist() == places[layer].tolist()
+
+
+def test_the_memory_that_is_said_beforehand_is_enough() -> None:
+    net = oracle_models.net(dtype=torch.float64)
+    method = MinKl(inputs="full", outputs="full")
+    tokens = tokens_of(net)
+    given = problem(net, method, tokens, statistics(net, method))
+    state: Any = method.solve(given).memory
+    read: Any = given.reading
+    kept = [part for item in (*read.factors, *state.items) for part in (*item.inputs.values(), *item.slopes.values())]
+    used = sum(part.numel() * 4 for part in kept) + state.system.numel() * 8
+    said = method.memory(net, tokens, given.sites)
+    assert used <= said < 20 * used
+    assert MinKl(mode="batch").memory(net, tokens, given.sites) < said
+    assert Star().memory(net, tokens, given.sites) == 0
 
 
 def test_targets_that_contradict_each_other_give_no_wild_step() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.basis import Bases
+    from lmrepair.failures import Tokens
     from lmrepair.moments import Metric
     from lmrepair.net import Batch, Net, Preference, Reading, Sites
 
@@ -128,6 +129,10 @@ class Method(ABC):
     def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:  # noqa: ARG002
         """The neurons that may be written to, chosen once, from what is preferred before the repair."""
         return net.every_site()
+
+    def memory(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:  # noqa: ARG002
+        """Bytes that a solve for these failures may keep at most, where that grows with their number; else 0."""
+        return 0
 
     @abstractmethod
     def solve(self, problem: Problem) -> Step:

@@ -16,6 +16,7 @@ from lmrepair.methods.base import MOMENTS, Asked, Problem, Step, Targeted, metri
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmrepair.failures import Tokens
     from lmrepair.margins import Factors, Margins
     from lmrepair.moments import Inverse
     from lmrepair.net import Batch, Net, Preference, Sites
@@ -77,6 +78,15 @@ class MinKl(Targeted):
     def _asked(self) -> float:
         """The margin below which a position is asked for more. Solved in turn, all need slack for what comes later."""
         return 0.0 if self.mode == "multi-failure" else self.margin
+
+    def memory(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:
+        """With every target position open: the factors as read, whitened, and whitened a step before; four K."""
+        wide = sum(len(columns) for columns in sites.columns.values())
+        slopes = len(sites.columns) * net.hidden
+        each = [len(item.ids) * (wide + len(item.target) * slopes) for item in tokens] or [0]
+        rows = [len(item.target) for item in tokens] or [0]
+        joint = self.mode == "multi-failure"
+        return 12 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
 
     def solve(self, problem: Problem) -> Step:
         state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
