@@ -10,13 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lmrepair.margins import Factors
 
 RIDGE = 1e-3  # of the mean diagonal of the system
 LEAST = 1e-12  # taken for that mean where no neuron that may change has any effect
-SIDE_BY_SIDE = 16  # failures whose part of the system is made at once
 TRIES = 3  # exchanges of whole sets of constraints that need not leave fewer wrong
 MOST = 100  # exchanges, and three for each constraint
 
@@ -26,43 +24,35 @@ def kernel(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
 
     That is how far one unit of weight on position t moves the margin of position s.
     """
-    width = sum(len(item.rows) for item in right)
-    parts = [_rows(left[begin : begin + SIDE_BY_SIDE], right) for begin in range(0, len(left), SIDE_BY_SIDE)]
-    return torch.cat(parts) if parts else torch.zeros(0, width, dtype=torch.float64)
+    return torch.cat([_rows(item, right) for item in left])
 
 
 def gram(raw: Sequence[Factors], white: Sequence[Factors]) -> Tensor:
     """The kernel [n, n] of failures with themselves, exactly symmetric: each pair of failures is met once."""
     ends = torch.tensor([0] + [len(item.rows) for item in raw]).cumsum(0).tolist()
-    device = white[0].rows.device
-    system = torch.zeros(ends[-1], ends[-1], dtype=torch.float64, device=device)
-    for begin in range(0, len(raw), SIDE_BY_SIDE):
-        part = raw[begin : begin + SIDE_BY_SIDE]
-        system[ends[begin] : ends[begin + len(part)], ends[begin] :] = _rows(part, white[begin:])
+    system = torch.zeros(ends[-1], ends[-1], dtype=torch.float64, device=white[0].rows.device)
+    for index, item in enumerate(raw):
+        system[ends[index] : ends[index + 1], ends[index] :] = _rows(item, white[index:])
     upper = system.triu(1)
     return upper + upper.T + system.diagonal().diag()
 
 
-def _rows(some: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
-    """The kernel's rows of a few failures, taken side by side."""
-    most = max(len(item.rows) for item in some)
-    longest = max(len(z) for item in some for z in item.inputs.values())
+def _rows(item: Factors, right: Sequence[Factors]) -> Tensor:
+    """The kernel's rows of one failure, [s, r]: its slopes are carried over to the other failures' positions."""
     total: Tensor | None = None
-    for layer in some[0].inputs:
-        z = pad_sequence([item.inputs[layer] for item in some], batch_first=True)
-        g = z.new_zeros(len(some), most, longest, some[0].slopes[layer].shape[2])
-        for index, item in enumerate(some):
-            g[index, : len(item.rows), : item.slopes[layer].shape[1]] = item.slopes[layer]
-        flat = g[:, :, : z.shape[1]].flatten(2)
-        blocks = []
-        for item in right:
-            near = z @ item.inputs[layer].T
-            carried = near[:, None] @ item.slopes[layer]
-            blocks.append(flat @ carried.flatten(2).transpose(1, 2))
-        part = torch.cat(blocks, dim=2).double()
+    for layer, slopes in item.slopes.items():
+        count, length, width = slopes.shape
+        near = item.inputs[layer] @ torch.cat([other.inputs[layer] for other in right]).T
+        carried = near.T @ slopes.transpose(0, 1).reshape(length, count * width)
+        blocks, at = [], 0
+        for other in right:
+            here = carried[at : at + len(other.inputs[layer])].view(-1, count, width)
+            blocks.append(here.transpose(0, 1).flatten(1) @ other.slopes[layer].flatten(1).T)
+            at += len(here)
+        part = torch.cat(blocks, dim=1).double()
         total = part if total is None else total + part
     assert total is not None
-    return torch.cat([total[index, : len(item.rows)] for index, item in enumerate(some)])
+    return total
 
 
 def not_negative(system: Tensor, wanted: Tensor) -> Tensor:
