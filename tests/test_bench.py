@@ -120,8 +120,15 @@ def test_a_grid_that_is_wrong_says_where_and_how(tmp_path: Path, old: str, new: 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_grids_that_ship_are_sound(path: Path) -> None:
     cells = read_grid(path).cells
+    assert {"star", "minkl"} <= {cell.method.method for cell in cells}
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", ["main", "smoke"])
+def test_the_whole_comparison_leaves_no_study_out(name: str) -> None:
+    cells = read_grid(ROOT / "benchmarks" / f"{name}.toml").cells
     assert {"alone", "together", "cumulative", "sparsity", "grid"} == {cell.study for cell in cells}
-    assert {"star", "mint", "sgd", "finetune", "lora", "prompt"} <= {cell.method.method for cell in cells}
+    assert {"star", "mint", "sgd", "finetune", "lora", "minkl", "prompt"} <= {cell.method.method for cell in cells}
 
 
 def test_a_settings_default_is_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:

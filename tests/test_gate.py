@@ -251,7 +251,7 @@ def test_memory_is_checked_even_where_the_solve_does_not_keep_it(monkeypatch: py
     assert first is not None
     between = State.of(net)
     real = loop._attempt
-    monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:5]))
+    monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:6]))
     wild, refused = Star(learning_rate=1.0, epochs=100), 0
     for failure in MORE:
         broke = repair(net, [failure], wild, ONE)
@@ -594,7 +594,7 @@ def test_the_commands_gate(run: Any) -> None:
         "repair", "a.jsonl", "--reference", "text.txt", "--max-kl", "inf", "--output", "free.safetensors", "--json"
     )
     assert (json.loads(out)["gate"]["max_kl"], json.loads(out)["gate"]["kl"]) == (None, {})
-    for flags in (["--preset", "paper"], ["--alone", "--output", "folder"]):
+    for flags in (["--method", "star", "--preset", "paper"], ["--alone", "--output", "folder"]):
         assert json.loads(run("repair", "a.jsonl", "--reference", "text.txt", *flags, "--json")[1])["gate"] is None
 
     Path("protect.jsonl").write_text('{"prompt": "import os\\n\\npath = os."}\n', encoding="utf-8")
