@@ -124,9 +124,10 @@ def _statistics(net: Net, job: Job) -> Statistics | None:
     spec = job.cell.method
     method = spec.build(job.cell.targeting, job.cell.seed)
     asked = method.asks() if method is not None else None
-    if spec.statistics is None or asked is None:
+    if asked is None or (spec.statistics is None and spec.own_texts is None):
         return None
-    return statistics_of(net, asked, read_reference(data_file(job, spec.statistics, "reference.jsonl")))
+    text = read_reference(data_file(job, spec.statistics, "reference.jsonl")) if spec.statistics else None
+    return statistics_of(net, asked, text, own=spec.own_texts)
 
 
 def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:

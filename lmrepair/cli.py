@@ -139,6 +139,7 @@ def repair(
     failing: int | None = None,
     reference: Path | None = None,
     statistics: Path | None = None,
+    own_texts: int | None = None,
     paraphrases: bool = False,
     prefixes: int = 0,
     max_kl: float | None = None,
@@ -166,7 +167,7 @@ def repair(
     from lmrepair.wordings import Wordings
 
     text = read_reference(reference)
-    known = chosen_statistics(net, chosen, statistics)
+    known = chosen_statistics(net, chosen, statistics, own_texts)
     wordings = Wordings.drawn(net, paraphrases, prefixes, seed) if paraphrases or prefixes else None
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]

@@ -66,6 +66,7 @@ class MethodSpec:
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None  # a file of reference text, gathered beside the model's own
+    own_texts: int | None = None  # how many texts the model writes for its statistics
 
     def build(self, targeting: Mapping[str, str], seed: int) -> Method | None:
         """The method with a study's targeting; None for the prompt yardstick. Raises UsageError."""
@@ -115,8 +116,9 @@ class Cell:
         built = self.method.build(self.targeting, self.seed)
         made = {**asdict(self), "targeting": dict(self.targeting)}
         made["method"] = {**made["method"], "settings": built.settings() if built else {}}
-        if self.method.statistics is None:
-            del made["method"]["statistics"]
+        for key in ("statistics", "own_texts"):
+            if made["method"][key] is None:
+                del made["method"][key]
         made["drift"] = [asdict(spec) for spec in self.drift]
         return made
 
@@ -275,15 +277,19 @@ def _method(table: Table) -> MethodSpec:
     if method not in known:
         raise UsageError(f"{table.where}: unknown method {method!r}; {nearest(method, known)}")
     preset, settings = table.text("preset"), table.take("settings", dict, {})
-    statistics = table.text("statistics")
+    statistics, own = table.text("statistics"), table.take("own_texts", int, None)
     table.done()
     if method != PROMPT:
         _check_settings(settings, METHODS[method], f"{table.where}, settings")
     if method == PROMPT and (preset or settings):
         raise UsageError(f"{table.where}: the prompt yardstick has no settings; leave preset and settings out")
-    if statistics and (method == PROMPT or method_named(method, preset, **settings).asks() is None):
-        raise UsageError(f"{table.where}: {method!r} reads no reference text; leave statistics out")
-    return MethodSpec(name, method, preset, settings, statistics)
+    if (statistics or own is not None) and (
+        method == PROMPT or method_named(method, preset, **settings).asks() is None
+    ):
+        raise UsageError(f"{table.where}: {method!r} reads no reference text; leave statistics and own_texts out")
+    if own is not None and own < (statistics is None):
+        raise UsageError(f"{table.where}: own_texts is {own}; expected 1 or more, or 0 beside statistics")
+    return MethodSpec(name, method, preset, settings, statistics, own)
 
 
 def _check_settings(settings: Mapping[str, Any], method: type[Method], where: str) -> None:

@@ -81,6 +81,7 @@ _STATISTICS = (
     "Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise the "
     'change on reference text: JSON lines with "text", or plain text.'
 )
+_OWN_TEXTS = "How many texts the model writes for that (default: 64); 0: the text of --statistics alone."
 _WORDINGS = "Other wordings, solved together with the failures"
 _PARAPHRASES = "The paraphrases that the failures come with."
 _PREFIXES = "N texts that the model writes by itself, each before every prompt."
@@ -106,18 +107,19 @@ def chosen_gate(
     return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
 
 
-def chosen_statistics(net: Net, method: Method, path: Path | None) -> Statistics | None:
-    """Statistics of the text in a file beside the model's own; None without one: the repair gathers its own."""
-    if path is None:
+def chosen_statistics(net: Net, method: Method, path: Path | None, own: int | None) -> Statistics | None:
+    """Statistics of the text in a file and of the model's own; None with neither: the repair gathers the default."""
+    if path is None and own is None:
         return None
+    flag = "--statistics" if path is not None else "--own-texts"
     asked = method.asks()
     if asked is None:
         having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
-        raise UsageError(f"--statistics: method {method.name!r} reads no reference text; methods that do: {having}")
+        raise UsageError(f"{flag}: method {method.name!r} reads no reference text; methods that do: {having}")
     from lmrepair.drift import read_reference
     from lmrepair.statistics import statistics_of
 
-    return statistics_of(net, asked, read_reference(path))
+    return statistics_of(net, asked, read_reference(path) if path else None, own=own)
 
 
 def refuse_unwritable(target: Path | None, folder: bool) -> None:
@@ -149,6 +151,7 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "paraphrases": Annotated[bool, typer.Option("--paraphrases", help=_PARAPHRASES, rich_help_panel=_WORDINGS)],
         "prefixes": Annotated[int, typer.Option(min=0, metavar="N", help=_PREFIXES, rich_help_panel=_WORDINGS)],
         "statistics": Annotated[Path | None, typer.Option(metavar="FILE", help=_STATISTICS)],
+        "own_texts": Annotated[int | None, typer.Option(min=0, metavar="N", help=_OWN_TEXTS, show_default=False)],
         "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
         "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
         "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lmrepair.drift import Reference, windows
+from lmrepair.errors import UsageError
 from lmrepair.failures import Tokens
 from lmrepair.files import write_atomically
 from lmrepair.fingerprint import fingerprint
@@ -37,15 +38,21 @@ def statistics_of(
     seed: int = 0,
     cache: Path | None = None,
     progress: Report = lambda _, __: None,
+    own: int | None = None,
 ) -> Statistics:
     """The statistics a method asks for, from text the model writes by itself and, if given, a reference too.
 
+    ``own``: how many texts the model writes (default TEXTS); 0 where the reference alone is to be read.
     Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
     file that is damaged or for something else is made anew, and a folder that cannot be written to is done
     without.
     """
     length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
-    name = f"{TEXTS} x {length} own tokens, seed {seed}" + (f", {reference.name}" if reference else "")
+    count = TEXTS if own is None else own
+    if count < (reference is None):
+        raise UsageError(f"{count} texts of the model's own; expected 1 or more, or 0 beside other reference text")
+    parts = [f"{count} x {length} own tokens, seed {seed}"] if count else []
+    name = ", ".join([*parts, reference.name] if reference else parts)
     given = windows(net, reference.texts) if reference else []
     kinds = {
         layer: (_kind(asked.inputs, width), _kind(asked.outputs, net.hidden)) for layer, width in enumerate(net.widths)
@@ -59,7 +66,7 @@ def statistics_of(
     found = _load(path, key, net, kinds, name)
     if found is None:
         with settled(net.model):
-            tokens = net.sample(TEXTS, length, seed)
+            tokens = net.sample(count, length, seed) if count else []
         found = gather(net, [*tokens, *given], asked, name, seed, progress)
         with suppress(OSError):  # where nothing can be kept they are gathered again next time; the repair goes on
             write_atomically(path, _serialise(found, key))

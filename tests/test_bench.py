@@ -99,6 +99,14 @@ def untimed(table: dict[str, Any]) -> dict[str, Any]:
         ('preset = "paper"', "settings = {learning_rate = 'fast'}", "learning_rate is 'fast'; expected a number"),
         ('preset = "paper"', "settings = {rate = 1}", "has no setting 'rate'"),
         ('name = "prompt"', 'name = "prompt"\npreset = "x"', "the prompt yardstick has no settings"),
+        ('preset = "paper"', "statistics = 'a.txt'", "'sgd' reads no reference text"),
+        ('preset = "paper"', "own_texts = 8", "'sgd' reads no reference text"),
+        ('name = "prompt"', 'name = "prompt"\nown_texts = 8', "'prompt' reads no reference text"),
+        (
+            'name = "prompt"',
+            'name = "minkl"\nown_texts = 0',
+            "own_texts is 0; expected 1 or more, or 0 beside statistics",
+        ),
         ('name = "prompt"', 'name = "prmpt"', "unknown method 'prmpt'; did you mean 'prompt'?"),
         ('name = "sgd"', 'name = "star"\nmethod = "sgd"', "methods has 'star' twice"),
         ('file = "embedded"', 'file = "/data/x.jsonl"', "expected a path relative to the grid's folder"),
@@ -137,6 +145,19 @@ def test_a_settings_default_is_part_of_what_a_cell_is_made_from(tmp_path: Path) 
     _, others = planned(tmp_path, GRID.replace('name = "star"', 'name = "star"\nsettings = {epochs = 7}'))
     assert cells[0].digest != others[0].digest
     assert [cell.digest for cell in cells[1:]] == [cell.digest for cell in others[1:]]
+
+
+def test_other_statistics_are_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
+    """And a method that has none is as it was before grids could name them."""
+    plain = 'name = "minkl"'
+    made_from = set()
+    (tmp_path / "a.txt").write_text("x = 1\n", encoding="utf-8")
+    for more in ("", "\nstatistics = 'a.txt'", "\nown_texts = 8", "\nown_texts = 0\nstatistics = 'a.txt'"):
+        _, cells = planned(tmp_path, GRID.replace('name = "prompt"', plain + more))
+        (one,) = [cell for cell in cells if cell.config["method"]["method"] == "minkl"]
+        made_from.add(one.digest)
+        assert more or not {"statistics", "own_texts"} & set(one.config["method"])
+    assert len(made_from) == 4
 
 
 def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None:

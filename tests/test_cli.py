@@ -199,6 +199,7 @@ BAD = {
         ["--method", "star", "--statistics", "own.txt"],
         "methods that do: minkl",
     ),
+    "no text at all": (b'{"prompt": "a", "target": "b"}\n', ["--own-texts", "0"], "0 texts of the model's own"),
     "no statistics": (b'{"prompt": "a", "target": "b"}\n', ["--statistics", "none.txt"], "none.txt"),
     "preset of another": (b'{"prompt": "a", "target": "b"}\n', ["--preset", "paper"], "these have it: star"),
     "no reference": (b'{"prompt": "a", "target": "b"}\n', ["--reference", "none.txt"], "none.txt"),

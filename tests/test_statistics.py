@@ -22,6 +22,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 from lmrepair import ModelError, Net, Reference
 from lmrepair import statistics as module
 from lmrepair.drift import windows
+from lmrepair.errors import UsageError
 from lmrepair.failures import Tokens
 from lmrepair.methods import Asked
 from lmrepair.moments import Statistics
@@ -383,7 +384,15 @@ def test_the_text_is_the_models_own_and_the_reference(gathered: list[str], tmp_p
     assert "mine" in more.name
     assert same(alone, gather(net, own, FULL, alone.name))
     assert same(more, gather(net, [*own, *windows(net, REFERENCE.texts)], FULL, more.name))
-    assert len(gathered) == 2
+    fewer = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=1)
+    assert same(fewer, gather(net, [*net.sample(1, 16), *windows(net, REFERENCE.texts)], FULL, fewer.name))
+    given = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=0)
+    assert given.name == "mine"
+    assert same(given, gather(net, windows(net, REFERENCE.texts), FULL, "mine"))
+    assert len({item.name for item in (alone, more, fewer, given)}) == 4
+    with pytest.raises(UsageError, match="expected 1 or more, or 0 beside other reference text"):
+        statistics_of(net, FULL, cache=tmp_path, own=0)
+    assert len(gathered) == 4
 
 
 def test_anything_else_is_gathered_anew(gathered: list[str], tmp_path: Path) -> None:

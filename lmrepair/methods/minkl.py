@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
+PATIENCE = 4  # steps in which open positions alone are read anew
 KEEP, KEPT = 0.8, 3  # of several failures: share of the change so far that the first steps keep, and how many do
 STAY = 0.5  # share of its margin that a position keeps that was right
 
@@ -108,7 +109,7 @@ class MinKl(Targeted):
             )
             for layer, delta in problem.deltas.items()
         }
-        return Step(deltas, replace(state, short=float(state.rise(problem).max())))
+        return Step(deltas, replace(state, short=float(state.rise(problem).max()), steps=state.steps + 1))
 
     def _last_layer(self, problem: Problem, state: _State, tail: Tail) -> Step:
         """All steps at once for the last layer, without running the model."""
@@ -168,7 +169,7 @@ class _State:
     ``places``: layer → which of the sites' neurons are written to; ``inputs``, ``outputs``: the metric there.
     Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened
     gradients of each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and
-    ``short`` by how much the last step was to raise the margin that lacked most.
+    ``short`` by how much the last step, number ``steps``, was to raise the margin that lacked most.
     """
 
     places: Mapping[int, Tensor]
@@ -179,6 +180,7 @@ class _State:
     items: tuple[Factors, ...] = ()
     system: Any = None
     short: float = 0.0
+    steps: int = 0
 
     @staticmethod
     def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
@@ -228,7 +230,8 @@ class _State:
     def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
         """Which positions are open now, and of which gradients are read anew.
 
-        That is: of failures with open positions, unless little is missing where it was read before.
+        That is: of failures with open positions, unless little is missing where it was read before; after
+        PATIENCE steps with all that are below their aims, so that none is lost again.
         """
         import torch
 
@@ -241,7 +244,7 @@ class _State:
         stale = opened & ~(known[part] & (missing < CLOSE * self.short))
         failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
         failures[batch.owner[stale]] = True
-        return opened, near & failures[batch.owner]
+        return opened, (opened if self.steps <= PATIENCE else near) & failures[batch.owner]
 
     def linearised(self, factors: Sequence[Factors]) -> _State:
         """With some failures read anew: their gradients take the place of the old ones, in the system too."""
