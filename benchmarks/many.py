@@ -1,0 +1,164 @@
+"""Many failures of mixed tasks on one model: together in one patch, or one after another with memory.
+
+    python benchmarks/many.py --model MODEL --data FOLDER --count 100 --margin 0.1 --output result.json
+    python benchmarks/many.py --model MODEL --data FOLDER --count 100 --in-turn --output result.json
+
+FOLDER holds TASK.test.jsonl and TASK.dev.jsonl for the tasks named in TEMPLATES (dev rows with their answers
+measure drift) and python.heldout.jsonl. Tasks take turns; a prompt that comes twice is taken once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrepair.diagnosis import diagnose
+from lmrepair.drift import Reference, measure_drift_by_kind, named, read_kinds, read_reference
+from lmrepair.evaluation import answers
+from lmrepair.failures import Failure, read_failures
+from lmrepair.gate import Gate
+from lmrepair.loading import load
+from lmrepair.loop import repair
+from lmrepair.machine import Peak, machine, versions
+from lmrepair.methods import Method, method_named
+from lmrepair.net import Net
+from lmrepair.patch import Patch
+from lmrepair.statistics import statistics_of
+from lmrepair.trial import Trial, put
+
+TEMPLATES = {
+    "conala": "# {prompt}\\n{target}\\n",
+    "ia32": "; {prompt}\\n{target}\\n",
+    "tldr": "$ # {prompt}\\n{target}\\n",
+}
+ROWS = 48  # dev rows a task that drift is measured on
+
+
+def mixed(net: Net, data: Path, count: int) -> list[Failure]:
+    """Failing test rows, one task after another in turn."""
+    tasks = []
+    for task, template in TEMPLATES.items():
+        rows = read_failures(data / f"{task}.test.jsonl", template)
+        tasks.append([row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes])
+    turns = [row for turn in itertools.zip_longest(*tasks) for row in turn if row is not None]
+    once = list({row.prompt: row for row in reversed(turns)}.values())[::-1]
+    return [Failure(row.prompt, row.target, str(number)) for number, row in enumerate(once[:count], start=1)]
+
+
+def references(data: Path) -> list[Reference]:
+    found = [named("python", read_reference(data / "python.heldout.jsonl").texts)]
+    for task, template in TEMPLATES.items():
+        rows = read_failures(data / f"{task}.dev.jsonl", template)[:ROWS]
+        found.append(named(task, [row.prompt + row.target for row in rows]))
+    return found
+
+
+def holding(net: Net, rows: list[Failure]) -> int:
+    """Of how many rows the answer comes out, preferred and written freely."""
+    found = answers(net, net.tokenize(rows))
+    return sum(one.preferred == one.written == one.tokens.target for one in found)
+
+
+class Whole:
+    """The FFN output projections as they are now, to be written for a while."""
+
+    def __init__(self, net: Net) -> None:
+        self.values = {layer: net.columns(layer).detach().clone() for layer in range(net.layers)}
+
+    @contextmanager
+    def on(self, net: Net) -> Iterator[None]:
+        sites = net.every_site()
+        with Trial(net, sites):
+            for layer, values in self.values.items():
+                put(net, layer, sites.columns[layer], values)
+            yield
+
+
+def together(net: Net, rows: list[Failure], method: Method, text: Reference) -> tuple[dict[str, Any], list[Patch]]:
+    result = repair(net, rows, method, text)
+    made = {
+        "repaired": result.repaired,
+        "steps": result.cost.steps,
+        "forward_equivalents": result.cost.forward_equivalents,
+        "statistics_seconds": result.cost.statistics_seconds,
+        "reasons": [outcome.reason for outcome in result.outcomes if outcome.reason],
+    }
+    return made, [result.patch] if result.patch else []
+
+
+def in_turn(net: Net, rows: list[Failure], method: Method, text: Reference) -> tuple[dict[str, Any], list[Patch]]:
+    """Each on the model that the repairs before it left, with their patches as memory; the gate reads ``text``."""
+    asked = method.asks()
+    known = statistics_of(net, asked) if asked else None
+    patches: list[Patch] = []
+    counts, seconds = {"right_at_their_turn": 0, "repaired": 0}, []
+    for done, row in enumerate(rows):
+        began = time.perf_counter()
+        result = repair(net, [row], method, text, statistics=known, gate=Gate(memory=tuple(patches)))
+        seconds.append(time.perf_counter() - began)
+        counts["right_at_their_turn"] += result.failing == 0
+        counts["repaired"] += result.repaired
+        if result.patch is not None:
+            patches.append(result.patch)
+        if done % 10 == 9:
+            print(done + 1, counts, f"{seconds[-1]:.1f} s", flush=True)
+    return {**counts, "seconds_median": statistics.median(seconds), "seconds_last": seconds[-1]}, patches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--method", default="minkl")
+    parser.add_argument("--margin", type=float)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--in-turn", action="store_true")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    net = load(options.model)
+    rows = mixed(net, options.data, options.count)
+    method = method_named(options.method, None, **({} if options.margin is None else {"margin": options.margin}))
+    kinds = references(options.data)
+    peak = Peak(net.device)
+    peak.start()
+    began = time.perf_counter()
+    figures, patches = (in_turn if options.in_turn else together)(net, rows, method, kinds[0])
+    spent, most = time.perf_counter() - began, peak.read()
+    held, final = holding(net, rows), Whole(net)
+    for patch in reversed(patches):
+        patch.revert(net)
+    shipped, own = (measure_drift_by_kind(net, [final], found)[0] for found in (read_kinds(), kinds))
+    result: dict[str, Any] = {
+        "model": net.name,
+        "settings": {"name": method.name, **method.settings()},
+        "failing": len(rows),
+        "in_turn": options.in_turn,
+        **figures,
+        "holding": held,
+        "kl": {name.partition("@")[0]: drift.kl for name, drift in own.items()},
+        "kl_shipped_mean": statistics.fmean(drift.kl for drift in shipped.values()),
+        "kl_shipped_worst": next(iter(shipped.items()))[1].kl,
+        "seconds": spent,
+        "peak_memory": most,
+        "patch_bytes": sum(patch.size for patch in patches),
+        "machine": machine(net.device),
+        "versions": versions(),
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
