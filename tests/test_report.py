@@ -67,7 +67,9 @@ def written(folder: Path, text: str = "") -> Path:
     folder.mkdir()
     cells = [cell("alone", name, text) for name in METHODS]
     cells += [
-        cell("sparsity", "star", text, targeting={"layers": a, "share": b}) for a in ("one", "1") for b in ("1/4", "1")
+        cell("sparsity", "star", text, targeting={"layers": a, "share": b})
+        for a in ("one", "1", "upper 1/2", "last")
+        for b in ("1/4", "1")
     ]
     curve = [{"k": k, "holding": 1 - k / 10, "right": 1.0, "repaired": k, "heldout": {"token_match": 0.5},
               "drift": {"python": {"kl": k / 100}}} for k in (0, 2, 4)]  # fmt: skip
@@ -97,7 +99,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
-    assert write_report(written(tmp_path / "r"), tmp_path / "r.html") == len(METHODS) + 7
+    assert write_report(written(tmp_path / "r"), tmp_path / "r.html") == len(METHODS) + 11
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     said = Tags(text).text
     for title in ("Effectiveness", "Efficiency", "Side effects", "Sparsity", "Overfitting risk", "Cumulative impact"):

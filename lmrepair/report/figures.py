@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmrepair.metrics import Interval, bootstrap, paired
@@ -152,3 +152,13 @@ def number(value: float, measure: Measure) -> str:
 
 def spoken(base: str) -> str:
     return NAMES.get(base, base)
+
+
+def worst_first(measured: Iterable[Mapping[str, float]]) -> list[str]:
+    """The kinds of reference text among the keys ``drift.KIND.kl``, the largest mean KL first."""
+    found: dict[str, list[float]] = {}
+    for values in measured:
+        for key, value in values.items():
+            if key.startswith("drift.") and key.endswith(".kl"):
+                found.setdefault(key.removeprefix("drift.").removesuffix(".kl"), []).append(value)
+    return sorted(found, key=lambda kind: (-sum(found[kind]) / len(found[kind]), kind))

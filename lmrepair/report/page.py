@@ -11,7 +11,7 @@ from typing import Any
 from lmrepair.errors import UsageError
 from lmrepair.files import write_atomically
 from lmrepair.render import visible
-from lmrepair.report.figures import groups
+from lmrepair.report.figures import groups, worst_first
 from lmrepair.report.plots import Plot, costs, curves, heat_maps, pareto
 from lmrepair.report.results import Result, by_group, read_results
 from lmrepair.report.tables import (
@@ -107,7 +107,7 @@ def page(results: Sequence[Result], views: int = TOKEN_VIEWS) -> str:
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     machines = {
-        f"{m.get('processor')}, {m.get('threads')} threads, {m.get('device')}" for m in (r.machine for r in results)
+        f"{m.get('processor')}, threads: {m.get('threads')}, {m.get('device')}" for m in (r.machine for r in results)
     }
     versions = {", ".join(f"{name} {number}" for name, number in result.versions.items()) for result in results}
     return [
@@ -167,7 +167,7 @@ def _sections(results: Sequence[Result]) -> list[Section]:
                 ("Specificity: look-alike neighbours, in %", specificity(results)),
                 ("Drift: KL in nats per token, top tokens unchanged in %, perplexity", drift(results)),
             ),
-            drawn(pareto(results)),
+            drawn(*(pareto(results, *spec) for spec in PARETO)),
         ),
         Section(
             "sparsity",
@@ -196,11 +196,15 @@ def _sections(results: Sequence[Result]) -> list[Section]:
 
 
 def _drift_curves(results: Sequence[Result]) -> list[tuple[Any, ...]]:
-    keys = {key for result in results for point in result.curve for key in point}
-    kinds = sorted(key.split(".")[1] for key in keys if key.startswith("drift.") and key.endswith(".kl"))
+    kinds = worst_first(point for result in results for point in result.curve)
     return [(f"drift.{kind}.kl", f"KL on {kind} text, nats/token", f"drift-{at}") for at, kind in enumerate(kinds)]
 
 
+PARETO: tuple[tuple[Any, ...], ...] = (
+    ("after.teacher.token_match", "ExactMatch after, %", "target tokens preferred afterwards", "pareto"),
+    ("generalisation.context.after.match", "behind another example, %",
+     "target tokens preferred where another example stands before the prompt", "pareto-context"),
+)  # fmt: skip
 CURVES: tuple[tuple[Any, ...], ...] = (
     ("holding", "repairs that still hold, %", "holding", 100.0),
     ("heldout.token_match", "held-out ExactMatch, %", "heldout", 100.0),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # stands for the page's text colour until the SVG is made
-COLOURS = ("#2f7ebc", "#d9772b", "#3d9970", "#b5539c", "#8a7433", "#c8504b", "#5d6fc4", "#6b9a2f", "#7d7d7d", "#1f9aa8")
+COLOURS = ("#2f7ebc", "#d9772b", "#3d9970", "#b5539c", "#8a7433", "#c8504b", "#5d6fc4", "#6b9a2f", "#7d7d7d", "#1f9aa8",
+           "#7a4a2a", "#2b2f77", "#d16aa0")  # fmt: skip
 MARKERS = "osD^vP*XhH<>p"
 WIDTH = 9.0  # inches
 
@@ -107,17 +108,17 @@ def _error(found: Interval, scale: float = 1.0) -> list[list[float]]:
     return [[max(0.0, found.mean - found.low) * scale], [max(0.0, found.high - found.mean) * scale]]
 
 
-def pareto(results: Sequence[Result]) -> Plot | None:
-    """Effect against side effect."""
+def pareto(results: Sequence[Result], effect_key: str, label: str, words: str, name: str) -> Plot | None:
+    """Effect against side effect, the KL on the kind of text that changes most."""
     kinds = drift_kinds([result for result in results if result.study == "alone"])
-    if not kinds:
+    if not kinds or not any(effect_key in row.values for result in results for row in result.rows):
         return None
     key = f"drift.{kinds[0]}.kl"
     colours = _colours(results, "alone")
 
     def draw(axis: Axes, members: list[Group]) -> None:
         for group in members:
-            effect, side = group.mean(MATCH.key), group.mean(key)
+            effect, side = group.mean(effect_key), group.mean(key)
             if effect is None or side is None:
                 continue
             axis.errorbar(
@@ -128,13 +129,13 @@ def pareto(results: Sequence[Result]) -> Plot | None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda *_: "")
         axis.set_xlabel(f"KL on {kinds[0]} text, nats/token")
-        axis.set_ylabel("ExactMatch after, %")
+        axis.set_ylabel(label)
 
-    svg = _each(results, "alone", "pareto", draw)
+    svg = _each(results, "alone", name, draw)
     caption = (
-        "Effect against side effect, each failure repaired alone: target tokens preferred afterwards (higher is "
-        f"better) against the drift on {kinds[0]} text (further left is better), with bootstrap intervals. A method "
-        "that changes no weights has no drift and is not shown."
+        f"Effect against side effect, each failure repaired alone: {words} (higher is better) against the drift on "
+        f"{kinds[0]} text (further left is better), with bootstrap intervals. A method that changes no weights has no "
+        "drift and is not shown."
     )
     return Plot(svg, caption) if svg else None
 
@@ -151,7 +152,10 @@ def costs(results: Sequence[Result]) -> Plot | None:
         axis.set_yticks(range(len(timed)), [group.name for group, _ in timed])
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
-        axis.set_xlabel("seconds a failure")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(lambda *_: "")
+        axis.set_xlabel("seconds a failure (log)")
 
     most = max((len(groups(members)) for _, members in by_group(results, "alone")), default=1)
     svg = _each(results, "alone", "costs", draw, height=0.9 + 0.28 * most)
@@ -222,9 +226,9 @@ def _maps(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _rows(members: Sequence[Result]) -> list[str]:
-    """Layers, with the pattern where it is not the even one; the smallest share first, "one" layer before all."""
+    """Layers, with the pattern where it is not the even one; the smallest share first, a single layer before all."""
     values = {(_size(result.settings.get("layers", "1")), _pattern(result), _row_name(result)) for result in members}
-    return [name for _, _, name in sorted(values, key=lambda value: (value[1] != "even", value[1], value[0]))]
+    return [name for _, _, name in sorted(values, key=lambda value: (value[1] != "even", value[1], value[0], value[2]))]
 
 
 def _row_name(result: Result) -> str:
@@ -237,7 +241,7 @@ def _pattern(result: Result) -> str:
 
 
 def _size(share: str) -> Fraction:
-    return Fraction(0) if share == "one" else Fraction(share)
+    return Fraction(0) if share in ("one", "last") else Fraction(share.removeprefix("upper "))
 
 
 def _heat(

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from lmrepair.errors import ResultsError
+from lmrepair.errors import ResultsError, UsageError
 from lmrepair.render import visible
+from lmrepair.targeting import Targeting
 
 FORMAT = 1
 
@@ -82,7 +82,16 @@ def _read(path: Path) -> Result:
         return _result(record)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+        UsageError,
+    ) as error:
         raise ResultsError(
             f"{path}: not a cell this version can read ({type(error).__name__}: {error}); "
             "delete it and run lmrepair bench again, or leave only its files in the folder"
@@ -99,9 +108,7 @@ def _result(record: Any) -> Result:
     said = f"{_name(error['type'])}: {_name(error['message'])} {_name(error['at'])}".strip()
     method = config["method"]
     settings = _names(method["settings"])
-    for key in ("layers", "share"):
-        if settings.get(key, "one") != "one":
-            Fraction(settings[key])
+    Targeting(settings.get("layers", "1"), settings.get("pattern", "even"), settings.get("share", "1")).check()
     curve = tuple(flat(point) for point in record.get("curve", []))
     if any("k" not in point for point in curve):
         raise ValueError("a point of the curve without k")

@@ -19,6 +19,7 @@ from lmrepair.report.figures import (
     reference,
     shown,
     times,
+    worst_first,
 )
 from lmrepair.report.results import Result, by_group
 
@@ -147,9 +148,8 @@ def _multiple(found: Interval | None) -> Shown:
 
 
 def drift_kinds(results: Sequence[Result]) -> list[str]:
-    """The kinds of reference text that were measured, in the order of their names."""
-    keys = {key for result in results for row in result.rows for key in row.values if key.startswith("drift.")}
-    return sorted({key.removeprefix("drift.").rsplit(".", 1)[0] for key in keys})
+    """The kinds of reference text that were measured, the largest mean KL first."""
+    return worst_first(row.values for result in results for row in result.rows)
 
 
 def drift(results: Sequence[Result], study: str = "alone") -> Table | None:
@@ -212,9 +212,7 @@ def knowledge(results: Sequence[Result]) -> Table | None:
 
 def cumulative(results: Sequence[Result]) -> Table | None:
     """The end of every curve, and one joint solve of the same failures beside it."""
-    kinds = sorted(
-        {key.split(".")[1] for r in results for point in r.curve for key in point if key.startswith("drift.")}
-    )
+    kinds = worst_first(point for result in results for point in result.curve)
     measures = [
         Measure("k", "repairs", 1, 0),
         Measure("repaired", "repaired at their turn", 1, 0),
@@ -265,7 +263,7 @@ def overfitting(results: Sequence[Result]) -> Table | None:
 def together(results: Sequence[Result]) -> Table | None:
     """One patch for all failures: shares over failures, and the figures of that one patch."""
     blocks = []
-    kinds = sorted({key.split(".")[1] for r in results for key in r.whole if key.startswith("drift.")})
+    kinds = worst_first(result.whole for result in results)
     single = [
         *(Measure(f"drift.{kind}.kl", f"KL, {kind}", 1, 4) for kind in kinds),
         *(Measure(f"drift.{kind}.agreement", f"agreement, {kind}", PERCENT) for kind in kinds),
