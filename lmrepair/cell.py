@@ -45,6 +45,7 @@ from lmrepair.records import (
 )
 from lmrepair.sideeffects import SideEffects, effect, neighbours, probes, side_effects
 from lmrepair.statistics import statistics_of
+from lmrepair.wordings import Wordings
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 ROWS_AT_ONCE = 32
@@ -186,6 +187,8 @@ class _Study:
     ) -> None:
         self.net, self.cell, self.rows, self.references, self.statistics = net, cell, rows, references, statistics
         self.method = cell.method.build(cell.targeting, cell.seed)
+        prefixes = cell.method.prefixes
+        self.wordings = Wordings.drawn(net, False, prefixes, cell.seed) if prefixes else None
 
     def run(self) -> dict[str, Any]:
         """The study's part of the record."""
@@ -221,7 +224,7 @@ class _Study:
         found: list[dict[str, Any]] = []
         held: list[tuple[dict[str, Any], Patch]] = []
         size = 0
-        made = repair_each(self.net, self.rows.failing, method, statistics=self.statistics)
+        made = repair_each(self.net, self.rows.failing, method, statistics=self.statistics, wordings=self.wordings)
         peak = Peak(self.net.device)
         for row, before in zip(self.rows.failing, self.before, strict=True):
             torch.manual_seed(self.cell.seed)
@@ -256,7 +259,8 @@ class _Study:
         peak = Peak(self.net.device)
         peak.start()
         shortest = min(self.references, key=_size, default=None)
-        joint = repair(self.net, self.rows.failing, method, shortest, statistics=self.statistics)
+        rows, known, asked = self.rows.failing, self.statistics, self.wordings
+        joint = repair(self.net, rows, method, shortest, statistics=known, wordings=asked)
         memory = peak.read()
         if joint.patch is not None:
             joint.patch.revert(self.net)

@@ -67,6 +67,7 @@ class MethodSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     statistics: str | None = None  # a file of reference text, gathered beside the model's own
     own_texts: int | None = None  # how many texts the model writes for its statistics
+    prefixes: int = 0  # texts of the model's own, each solved for before every prompt (alone and together)
 
     def build(self, targeting: Mapping[str, str], seed: int) -> Method | None:
         """The method with a study's targeting; None for the prompt yardstick. Raises UsageError."""
@@ -116,8 +117,8 @@ class Cell:
         built = self.method.build(self.targeting, self.seed)
         made = {**asdict(self), "targeting": dict(self.targeting)}
         made["method"] = {**made["method"], "settings": built.settings() if built else {}}
-        for key in ("statistics", "own_texts"):
-            if made["method"][key] is None:
+        for key, absent in (("statistics", None), ("own_texts", None), ("prefixes", 0)):
+            if made["method"][key] == absent:
                 del made["method"][key]
         made["drift"] = [asdict(spec) for spec in self.drift]
         return made
@@ -278,18 +279,19 @@ def _method(table: Table) -> MethodSpec:
         raise UsageError(f"{table.where}: unknown method {method!r}; {nearest(method, known)}")
     preset, settings = table.text("preset"), table.take("settings", dict, {})
     statistics, own = table.text("statistics"), table.take("own_texts", int, None)
+    prefixes = table.count("prefixes", 0)
     table.done()
     if method != PROMPT:
         _check_settings(settings, METHODS[method], f"{table.where}, settings")
-    if method == PROMPT and (preset or settings):
-        raise UsageError(f"{table.where}: the prompt yardstick has no settings; leave preset and settings out")
+    if method == PROMPT and (preset or settings or prefixes):
+        raise UsageError(f"{table.where}: the prompt yardstick has no settings; leave preset, settings, prefixes out")
     if (statistics or own is not None) and (
         method == PROMPT or method_named(method, preset, **settings).asks() is None
     ):
         raise UsageError(f"{table.where}: {method!r} reads no reference text; leave statistics and own_texts out")
     if own is not None and own < (statistics is None):
         raise UsageError(f"{table.where}: own_texts is {own}; expected 1 or more, or 0 beside statistics")
-    return MethodSpec(name, method, preset, settings, statistics, own)
+    return MethodSpec(name, method, preset, settings, statistics, own, prefixes)
 
 
 def _check_settings(settings: Mapping[str, Any], method: type[Method], where: str) -> None:

@@ -101,6 +101,7 @@ def untimed(table: dict[str, Any]) -> dict[str, Any]:
         ('name = "prompt"', 'name = "prompt"\npreset = "x"', "the prompt yardstick has no settings"),
         ('preset = "paper"', "statistics = 'a.txt'", "'sgd' reads no reference text"),
         ('preset = "paper"', "own_texts = 8", "'sgd' reads no reference text"),
+        ('name = "prompt"', 'name = "prompt"\nprefixes = 2', "the prompt yardstick has no settings"),
         ('name = "prompt"', 'name = "prompt"\nown_texts = 8', "'prompt' reads no reference text"),
         (
             'name = "prompt"',
@@ -152,12 +153,18 @@ def test_other_statistics_are_part_of_what_a_cell_is_made_from(tmp_path: Path) -
     plain = 'name = "minkl"'
     made_from = set()
     (tmp_path / "a.txt").write_text("x = 1\n", encoding="utf-8")
-    for more in ("", "\nstatistics = 'a.txt'", "\nown_texts = 8", "\nown_texts = 0\nstatistics = 'a.txt'"):
+    for more in (
+        "",
+        "\nstatistics = 'a.txt'",
+        "\nown_texts = 8",
+        "\nown_texts = 0\nstatistics = 'a.txt'",
+        "\nprefixes = 2",
+    ):
         _, cells = planned(tmp_path, GRID.replace('name = "prompt"', plain + more))
         (one,) = [cell for cell in cells if cell.config["method"]["method"] == "minkl"]
         made_from.add(one.digest)
-        assert more or not {"statistics", "own_texts"} & set(one.config["method"])
-    assert len(made_from) == 4
+        assert more or not {"statistics", "own_texts", "prefixes"} & set(one.config["method"])
+    assert len(made_from) == 5
 
 
 def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None:
