@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
-PATIENCE = 4  # steps in which open positions alone are read anew
+PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
 KEEP, KEPT = 0.8, 3  # of several failures: share of the change so far that the first steps keep, and how many do
 STAY = 0.5  # share of its margin that a position keeps that was right
 
@@ -230,8 +230,8 @@ class _State:
     def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
         """Which positions are open now, and of which gradients are read anew.
 
-        That is: of failures with open positions, unless little is missing where it was read before; after
-        PATIENCE steps with all that are below their aims, so that none is lost again.
+        That is: of failures with open positions, unless little is missing where it was read before, all
+        that are below their aims, so that none is lost again; of a failure alone, at first, the open ones.
         """
         import torch
 
@@ -244,7 +244,8 @@ class _State:
         stale = opened & ~(known[part] & (missing < CLOSE * self.short))
         failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
         failures[batch.owner[stale]] = True
-        return opened, (opened if self.steps <= PATIENCE else near) & failures[batch.owner]
+        few = len(self.items) == 1 and self.steps <= PATIENCE
+        return opened, (opened if few else near) & failures[batch.owner]
 
     def linearised(self, factors: Sequence[Factors]) -> _State:
         """With some failures read anew: their gradients take the place of the old ones, in the system too."""
