@@ -30,6 +30,7 @@ from lmrepair.loading import load
 from lmrepair.loop import repair
 from lmrepair.machine import Peak, machine, versions
 from lmrepair.methods import Method, method_named
+from lmrepair.moments import Statistics
 from lmrepair.net import Net
 from lmrepair.patch import Patch
 from lmrepair.statistics import statistics_of
@@ -83,22 +84,23 @@ class Whole:
             yield
 
 
-def together(net: Net, rows: list[Failure], method: Method, text: Reference) -> tuple[dict[str, Any], list[Patch]]:
-    result = repair(net, rows, method, text)
+def together(
+    net: Net, rows: list[Failure], method: Method, text: Reference, known: Statistics | None
+) -> tuple[dict[str, Any], list[Patch]]:
+    result = repair(net, rows, method, text, statistics=known)
     made = {
         "repaired": result.repaired,
         "steps": result.cost.steps,
         "forward_equivalents": result.cost.forward_equivalents,
-        "statistics_seconds": result.cost.statistics_seconds,
         "reasons": [outcome.reason for outcome in result.outcomes if outcome.reason],
     }
     return made, [result.patch] if result.patch else []
 
 
-def in_turn(net: Net, rows: list[Failure], method: Method, text: Reference) -> tuple[dict[str, Any], list[Patch]]:
+def in_turn(
+    net: Net, rows: list[Failure], method: Method, text: Reference, known: Statistics | None
+) -> tuple[dict[str, Any], list[Patch]]:
     """Each on the model that the repairs before it left, with their patches as memory; the gate reads ``text``."""
-    asked = method.asks()
-    known = statistics_of(net, asked) if asked else None
     patches: list[Patch] = []
     counts, seconds = {"right_at_their_turn": 0, "repaired": 0}, []
     for done, row in enumerate(rows):
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--method", default="minkl")
     parser.add_argument("--margin", type=float)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--own-texts", type=int, help="how many texts the model writes for its statistics")
     parser.add_argument("--in-turn", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -130,11 +133,12 @@ def main() -> None:
     net = load(options.model)
     rows = mixed(net, options.data, options.count)
     method = method_named(options.method, None, **({} if options.margin is None else {"margin": options.margin}))
-    kinds = references(options.data)
+    kinds, asked = references(options.data), method.asks()
+    known = statistics_of(net, asked, own=options.own_texts) if asked else None
     peak = Peak(net.device)
     peak.start()
     began = time.perf_counter()
-    figures, patches = (in_turn if options.in_turn else together)(net, rows, method, kinds[0])
+    figures, patches = (in_turn if options.in_turn else together)(net, rows, method, kinds[0], known)
     spent, most = time.perf_counter() - began, peak.read()
     held, final = holding(net, rows), Whole(net)
     for patch in reversed(patches):
@@ -143,6 +147,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "model": net.name,
         "settings": {"name": method.name, **method.settings()},
+        "statistics": known.name if known else None,
         "failing": len(rows),
         "in_turn": options.in_turn,
         **figures,

@@ -146,7 +146,7 @@ def number(value: float, measure: Measure) -> str:
     if measure.digits > 2 and 1e-9 < abs(scaled) < 10**-measure.digits / 2:
         text = f"{scaled:.1e}"
     else:
-        text = f"{scaled:,.{measure.digits}f}"
+        text = f"{scaled:z,.{measure.digits}f}"
     return text.replace("-", "−") + measure.unit
 
 
