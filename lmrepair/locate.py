@@ -18,18 +18,30 @@ from lmrepair.targeting import share_of as share_of
 
 def locate(net: Net, batches: Sequence[Batch], preference: Preference, targeting: Targeting) -> Sites:
     """Choose the neurons that a method may change for the mistakes of these batches."""
-    targeting.check()
+    known = fixed_sites(net, targeting)
+    if known is not None:
+        return known
     share = share_of(targeting.share, "share")
     count = targeting.layer_count(net.layers)
-    layers = list(range(net.layers))
-    if targeting.upper:
-        layers = layers[-count:]
-    elif count < net.layers:
+    layers = list(range(net.layers))[-count:] if targeting.upper else list(range(net.layers))
+    if count < len(layers):
         losses = skipped_losses(net, batches, preference)
         layers = sorted(losses.argsort(descending=True, stable=True)[:count].tolist())
     if share == 1 and targeting.pattern != "layer":
-        return Sites({layer: torch.arange(net.widths[layer]) for layer in layers})
+        return _whole(net, layers)
     return choose(attributions(net, batches, preference, layers), targeting.pattern, share)
+
+
+def fixed_sites(net: Net, targeting: Targeting) -> Sites | None:
+    """What ``locate`` gives where that is the same for all mistakes, else None."""
+    targeting.check()
+    if not targeting.fixed(net.layers):
+        return None
+    return _whole(net, list(range(net.layers))[-targeting.layer_count(net.layers) :])
+
+
+def _whole(net: Net, layers: Sequence[int]) -> Sites:
+    return Sites({layer: torch.arange(net.widths[layer]) for layer in layers})
 
 
 def choose(scores: dict[int, Tensor], pattern: str, share: Fraction) -> Sites:

@@ -23,7 +23,7 @@ from lmrepair.moments import Statistics
 from lmrepair.net import Batch, Net, settled
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
-from lmrepair.solver import Known, Solver
+from lmrepair.solver import Known, Solver, first_reading, say_memory
 from lmrepair.solver import Progress as Progress
 from lmrepair.trial import Change, Trial
 from lmrepair.wordings import Wordings
@@ -31,7 +31,6 @@ from lmrepair.wordings import Wordings
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
-WORTH_SAYING = 1 << 28  # bytes of memory
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,9 @@ def _attempt(
     with settled(net.model):
         began = time.perf_counter()
         batches = net.batches(tokens)
-        preference = net.prefer(batches)
+        lone = len(tokens) == 1 and not kept and not wordings
+        first = first_reading(net, method, batches, progress) if lone else None
+        preference = first.preference if first else net.prefer(batches)
         before = diagnoses(batches, preference)
         if not any(item.mistakes for item in before):
             return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
@@ -301,10 +302,9 @@ def _attempt(
             others = wordings.of(net, failures) if wordings else []
             rows = [*tokens, *others, *kept]
             worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
-            needed = method.memory(net, rows, sites)
-            if needed >= WORTH_SAYING:
-                progress(f"gradients: at most {needed / 1e9:.1f} GB", 0, 1)
-            solver.solve(rows, [*before, *worded, *(Diagnosis(item, ()) for item in kept)])
+            if first is None:
+                say_memory(net, method, rows, sites, progress)
+            solver.solve(rows, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
             seconds = time.perf_counter() - began
             after, greedy = check(net, tokens)
             check_seconds = time.perf_counter() - began - seconds

@@ -15,11 +15,12 @@ from lmrepair.diagnosis import Diagnosis, diagnoses
 from lmrepair.failures import Tokens
 from lmrepair.methods import Method, Problem
 from lmrepair.moments import Metric, Statistics
-from lmrepair.net import Batch, Net, Preference, Sites
+from lmrepair.net import Batch, Net, Preference, Reading, Sites
 from lmrepair.statistics import statistics_of
 from lmrepair.trial import Trial
 
 Progress = Callable[[str, int, int], None]
+WORTH_SAYING = 1 << 28  # bytes of memory
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Solver:
         self.steps = 0
         self.converged = False  # whether the last problem ended because nothing was left to do
 
-    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis]) -> None:
-        """Work on the failures that have mistakes, in the method's mode."""
-        if self.method.mode == "multi-failure" or len(tokens) == 1 and self.method.mode == "batch":
-            self._run(self.net.batches(tokens))
+    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
+        """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``."""
+        if _one_problem(self.method, len(tokens)):
+            self._run(self.net.batches(tokens), first=first)
             return
         work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
         batches = self.net.batches(tokens)
@@ -98,13 +99,15 @@ class Solver:
             memory = self._run(batches, focus, memory)
             position = ahead[0] + 1
 
-    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None) -> Any:
+    def _run(
+        self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None, first: Reading | None = None
+    ) -> Any:
         """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays.
 
         ``earlier`` is what the method remembers of the problem before; what it remembers now is returned.
         """
         method = self.method
-        margin = method.margin if method.early else None
+        margin = _margin(method)
         rows = sum(len(batch.rows) for batch in batches)
         everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
         several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
@@ -112,7 +115,10 @@ class Solver:
         best, kept, memory = -1, start, earlier
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
-            reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
+            if first is None:
+                reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
+            else:
+                reading, first = first, None
             if several:
                 right = _right(batches, reading.preference)
                 if right > best:
@@ -139,6 +145,33 @@ class Solver:
             self.deltas = kept
             self.trial.write(kept)
         return earlier if worse and method.undoes else memory
+
+
+def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:
+    """Report how much a solve may keep at most, where that is much, before it starts."""
+    needed = method.memory(net, tokens, sites)
+    if needed >= WORTH_SAYING:
+        progress(f"gradients: at most {needed / 1e9:.1f} GB", 0, 1)
+
+
+def first_reading(net: Net, method: Method, batches: Sequence[Batch], progress: Progress) -> Reading | None:
+    """The reading that a method's first step on one failure is solved from, with what is preferred before the repair.
+
+    None where the method has to know the mistakes first, or looks at them one by one.
+    """
+    sites = method.fixed_sites(net) if _one_problem(method, 1) else None
+    if sites is None:
+        return None
+    say_memory(net, method, batches[0].tokens, sites, progress)
+    return method.read(net, batches, sites, None, _margin(method))
+
+
+def _one_problem(method: Method, failures: int) -> bool:
+    return method.mode == "multi-failure" or failures == 1 and method.mode == "batch"
+
+
+def _margin(method: Method) -> float | None:
+    return method.margin if method.early else None
 
 
 def _right(batches: Sequence[Batch], preference: Preference) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lmrepair.anatomy import weight
 from lmrepair.net import Net, Preference
 
 ALIKE = 1e-3  # of the largest value: where the tail and the model agree
@@ -33,19 +34,24 @@ class Tail:
         return Tail(parts[0].net, *columns)
 
     def read(self, moved: Tensor) -> tuple[Preference, Tensor]:
-        """What is preferred with the states moved by ``moved`` [N, d], and the margins' slopes there, [N, d]."""
-        norm = self.net.anatomy.norm
+        """What is preferred with the states moved by ``moved`` [N, d], and the margins' slopes there, [N, d].
+
+        Behind the norm the head is linear: a margin's slope is the difference of two of its rows.
+        """
+        norm, head = self.net.anatomy.norm, self.net.anatomy.head
         assert norm is not None
         with torch.enable_grad():
             states = (self.states.float() + moved).to(self.states.dtype).requires_grad_()
-            logits = self.net.anatomy.head(norm(states[None]))[0].float()
-            preference = Preference.of(logits.detach(), self.wanted)
-            picked = logits.gather(1, torch.stack([self.wanted, preference.rival], dim=1))
-            (slopes,) = torch.autograd.grad((picked[:, 0] - picked[:, 1]).sum(), states)
+            seen = norm(states[None])
+        with torch.no_grad():
+            preference = Preference.of(head(seen)[0], self.wanted)
+            rows = weight(head)
+            ahead = rows[self.wanted] - rows[preference.rival]
+        (slopes,) = torch.autograd.grad(seen, states, ahead[None].to(seen))
         return preference, slopes.float()
 
-    def agrees(self, preference: Preference, rows: Tensor, slopes: Tensor) -> bool:
-        """Whether the model sees it so: the same margins, and the same slopes [n, d] of some rows [n].
+    def agreed(self, preference: Preference, rows: Tensor, slopes: Tensor) -> tuple[Preference, Tensor] | None:
+        """What is read with nothing moved, if the model sees the same margins and the same slopes [n, d] of rows [n].
 
         It does not where something lies between the FFN's output and the state (a norm of its own), or
         between the head and the logits (a cap, a scale).
@@ -53,7 +59,8 @@ class Tail:
         found, made = self.read(torch.zeros_like(self.states, dtype=torch.float32))
         gaps = torch.stack([found.gap, preference.gap])
         near = float((gaps[0] - gaps[1]).abs().max()) <= ALIKE * max(1.0, float(gaps.abs().max()))
-        return near and float((made[rows] - slopes).abs().max()) <= ALIKE * max(1e-6, float(slopes.abs().max()))
+        alike = near and float((made[rows] - slopes).abs().max()) <= ALIKE * max(1e-6, float(slopes.abs().max()))
+        return (found, made) if alike else None
 
 
 @contextmanager

@@ -37,6 +37,11 @@ class Targeting:
         """Whether layers are taken from the top, not by what skipping them does."""
         return self.layers == "last" or self.layers.startswith("upper ")
 
+    def fixed(self, layers: int) -> bool:
+        """Whether the choice is the same for every mistake of a model with that many layers."""
+        every = self.upper or self.layer_count(layers) == layers
+        return every and share_of(self.share, "share") == 1 and self.pattern != "layer"
+
     def layer_count(self, layers: int) -> int:
         """How many of a model's layers these are. Raises UsageError for what is no share."""
         if self.layers in ("one", "last"):

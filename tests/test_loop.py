@@ -84,6 +84,35 @@ def test_the_same_repair_twice_is_the_same_patch() -> None:
     assert made[0].serialise() == made[1].serialise()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        method_named("minkl", None),
+        method_named("minkl", None, layers="last"),
+        method_named("finetune", None),
+        method_named("sgd", "paper"),
+    ],
+    ids=["minkl", "minkl last", "finetune", "sgd paper"],
+)
+def test_the_diagnosis_of_one_failure_is_the_first_reading(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward pass less, the same patch bit for bit."""
+    net, passes = oracle_models.net(), []
+    list(repair_each(net, FAILURES[:1], method))  # statistics are kept from here on
+    real = Net.logits_and_states
+    monkeypatch.setattr(Net, "logits_and_states", lambda *given: (passes.append(1), real(*given))[1])
+    made = []
+    for _ in range(2):
+        passes.clear()
+        (result,) = repair_each(net, FAILURES[:1], method)
+        assert result.patch is not None
+        made.append((len(passes), result.patch.changes, [item.before for item in result.outcomes]))
+        monkeypatch.setattr("lmrepair.loop.first_reading", lambda *_: None)
+    (less, ours, mistakes), (more, theirs, expected) = made
+    assert less == more - 1
+    assert all(torch.equal(ours[layer].deltas, theirs[layer].deltas) for layer in theirs)
+    assert [m.position for one in mistakes for m in one] == [m.position for one in expected for m in one]
+
+
 def test_contradictions_are_refused() -> None:
     net = oracle_models.net()
     with pytest.raises(FailuresError, match="want different targets"):

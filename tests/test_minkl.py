@@ -457,8 +457,8 @@ def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
         assert before.tail is not None
         rows = torch.cat([item.rows for item in before.factors])
         slopes = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in before.factors])
-        assert before.tail.agrees(before.preference, rows, slopes)
-        assert not before.tail.agrees(before.preference, rows, 1.1 * slopes)
+        assert before.tail.agreed(before.preference, rows, slopes) is not None
+        assert before.tail.agreed(before.preference, rows, 1.1 * slopes) is None
         change = torch.randn(net.widths[-1], net.hidden, generator=torch.Generator().manual_seed(0)) * 0.02
         told, leaning = before.tail.read(before.tail.inputs @ change)
         with Trial(net, sites) as trial:
@@ -478,7 +478,7 @@ def test_the_last_layer_is_solved_without_running_the_model(
     net = oracle_models.net(kind)
     method = MinKl(layers="last", neurons=neurons, epochs=60)
     (fast,) = repair_each(net, FAILURES[:1], method)
-    monkeypatch.setattr("lmrepair.methods.minkl._agreeing", lambda reading: None)
+    monkeypatch.setattr("lmrepair.methods.minkl._agreed", lambda reading: None)
     (slow,) = repair_each(net, FAILURES[:1], method)
     assert fast.repaired == slow.repaired == 1
     assert fast.cost.steps < slow.cost.steps

@@ -130,6 +130,10 @@ class Method(ABC):
         """The neurons that may be written to, chosen once, from what is preferred before the repair."""
         return net.every_site()
 
+    def fixed_sites(self, net: Net) -> Sites | None:  # noqa: ARG002
+        """The same, where no mistake has to be known for it: then the first reading tells the mistakes as well."""
+        return None
+
     def memory(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:  # noqa: ARG002
         """Bytes that a solve for these failures may keep at most, where that grows with their number; else 0."""
         return 0
@@ -155,6 +159,11 @@ class Targeted(Method):
         from lmrepair.locate import Targeting, locate
 
         return locate(net, batches, preference, Targeting(self.layers, self.pattern, self.share))
+
+    def fixed_sites(self, net: Net) -> Sites | None:
+        from lmrepair.locate import Targeting, fixed_sites
+
+        return fixed_sites(net, Targeting(self.layers, self.pattern, self.share))
 
 
 def margin_needs_early(method: Method) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lmrepair.net import Batch, Net, Preference, Sites
     from lmrepair.tail import Tail
 
+    _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
+
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
 PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
@@ -92,9 +94,9 @@ class MinKl(Targeted):
     def solve(self, problem: Problem) -> Step:
         state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
         reading: Margins = problem.reading  # type: ignore[assignment]
-        tail = _agreeing(reading)
-        if tail is not None:
-            return self._last_layer(problem, state, tail)
+        start = _agreed(reading)
+        if reading.tail is not None and start is not None:
+            return self._last_layer(problem, state, reading.tail, start)
         if reading.factors:
             state = state.linearised(reading.factors)
         keep = KEEP if 0 < problem.step <= KEPT and reading.factors and len(state.items) > 1 else 1.0
@@ -111,18 +113,18 @@ class MinKl(Targeted):
         }
         return Step(deltas, replace(state, short=float(state.rise(problem).max()), steps=state.steps + 1))
 
-    def _last_layer(self, problem: Problem, state: _State, tail: Tail) -> Step:
+    def _last_layer(self, problem: Problem, state: _State, tail: Tail, start: _Leaning) -> Step:
         """All steps at once for the last layer, without running the model."""
         (layer,) = problem.sites.layers
         before = problem.deltas[layer]
-        change = self._through_tail(problem, state, tail)
+        change = self._through_tail(problem, state, tail, start)
         if self.neurons and not problem.step:
             state = _State.of(problem, {layer: _top(change, self.neurons)}).aimed(problem, self.margin, self._asked)
-            change = self._through_tail(problem, state, tail)
+            change = self._through_tail(problem, state, tail, start)
         return Step({layer: before.index_add(0, state.places[layer].to(change.device), change)}, state)
 
-    def _through_tail(self, problem: Problem, state: _State, tail: Tail) -> Tensor:
-        """The change [k, d] of the neurons that leaves no margin open."""
+    def _through_tail(self, problem: Problem, state: _State, tail: Tail, start: _Leaning) -> Tensor:
+        """The change [k, d] of the neurons that leaves no margin open, from what is read without it."""
         import torch
 
         from lmrepair.dual import weights_for
@@ -131,8 +133,8 @@ class MinKl(Targeted):
         z = tail.inputs[:, state.places[layer].to(tail.inputs.device)]
         near = state.inputs[layer].apply(z)
         change = torch.zeros(z.shape[1], tail.states.shape[1], device=z.device)
-        for _ in range(self.epochs):
-            preference, slopes = tail.read(z @ change)
+        for step in range(self.epochs):
+            preference, slopes = tail.read(z @ change) if step else start
             missing = (state.aims + preference.gap).double()
             if not bool((problem.focus & ~(preference.gap < -state.floors)).any()):
                 break
@@ -285,15 +287,15 @@ class _State:
         )
 
 
-def _agreeing(reading: Margins) -> Tail | None:
-    """The tail, where the last layer alone is written to and nothing but the final norm and the head follows."""
+def _agreed(reading: Margins) -> _Leaning | None:
+    """What the tail reads, where the last layer alone is written to and only the final norm and the head follow."""
     import torch
 
     if reading.tail is None or not reading.factors:
         return None
     slopes = torch.cat([next(iter(item.slopes.values())).sum(dim=1) for item in reading.factors])
     rows = torch.cat([item.rows for item in reading.factors])
-    return reading.tail if reading.tail.agrees(reading.preference, rows, slopes) else None
+    return reading.tail.agreed(reading.preference, rows, slopes)
 
 
 def _top(change: Tensor, count: int) -> Tensor:
