@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
 PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
-KEEP, KEPT = 0.8, 3  # of several failures: share of the change so far that the first steps keep, and how many do
+KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 STAY = 0.5  # share of its margin that a position keeps that was right
 
 
