@@ -133,7 +133,8 @@ def _sections(results: Sequence[Result]) -> list[Section]:
             "stated",
             "What is stated, and what was found here",
             "arXiv 2503.12899 states that STAR improves ExactMatch on CoNaLa by 10.5 to 19.9 % over prior work and "
-            "runs 2.4 to 7.0 times faster. A row compares one STAR with one MINT or SGD on the same failures.",
+            "runs 2.4 to 7.0 times faster. A row compares one STAR with one MINT or SGD on the same failures, "
+            "their times in forward equivalents.",
             made(("STAR against MINT and SGD", stated(results))),
         ),
         Section(

@@ -55,9 +55,10 @@ GREEDY = tuple(
 )
 REPAIRED = Measure("repaired", "repaired", PERCENT)
 SECONDS = Measure("cost.seconds", "seconds", 1, 2, " s", -1)
+EQUIVALENTS = Measure("cost.forward_equivalents", "forward equivalents", 1, 1, "", -1)
 COST = (
     SECONDS,
-    Measure("cost.forward_equivalents", "forward equivalents", 1, 1, "", -1),
+    EQUIVALENTS,
     Measure("cost.steps", "steps", 1, 1, "", -1),
     Measure("cost.peak_memory", "peak memory above the model", 1e-6, 1, " MB", -1),
     Measure("patch.neurons", "neurons changed", 1, 0, "", -1),
@@ -134,7 +135,7 @@ def efficiency(results: Sequence[Result]) -> Table | None:
         star = reference(list(found.values()))
         made = []
         for name, figures in rows:
-            ratio = None if star is None or name == star.name else times(found[name], star, SECONDS.key)
+            ratio = None if star is None or name == star.name else times(found[name], star, EQUIVALENTS.key)
             made.append((name, (*figures, _multiple(ratio))))
         blocks.append((heading, tuple(made)))
     return Table((*table.columns, "time, × STAR’s"), tuple(blocks))
@@ -296,7 +297,7 @@ def stated(results: Sequence[Result]) -> Table | None:
         for star in stars:
             for other in others:
                 gain, points = ratio_of_means(star, other, MATCH.key), difference(star, other, MATCH.key)
-                faster = times(other, star, SECONDS.key)
+                faster = times(other, star, EQUIVALENTS.key)
                 gained = Measure("", "", PERCENT, 1, " %")
                 rows.append(
                     (
