@@ -22,9 +22,10 @@ from lmrepair.diagnosis import diagnose
 from lmrepair.drift import Reference, measure_drift, read_reference
 from lmrepair.failures import Failure, read_failures
 from lmrepair.loading import load
-from lmrepair.loop import Repair, repair, repair_each
+from lmrepair.loop import repair, repair_each
 from lmrepair.methods import Method, method_named
 from lmrepair.net import Net
+from lmrepair.outcome import Repair
 
 TEMPLATES = {
     "conala": "# {prompt}\\n{target}\\n",

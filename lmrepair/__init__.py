@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmrepair.gate import Gate, Protected, read_protected
     from lmrepair.gating import Gated
     from lmrepair.loading import load
-    from lmrepair.loop import Outcome, Repair, repair, repair_each
+    from lmrepair.loop import repair, repair_each
     from lmrepair.methods import (
         AlphaEdit,
         Direct,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Star,
     )
     from lmrepair.net import Net
+    from lmrepair.outcome import Outcome, Repair
     from lmrepair.patch import Patch
     from lmrepair.wordings import Wordings
 
@@ -68,7 +69,8 @@ _HOME = {
         "Sgd",
         "Star",
     ),  # fmt: skip
-    "loop": ("Outcome", "Repair", "repair", "repair_each"),
+    "outcome": ("Outcome", "Repair"),
+    "loop": ("repair", "repair_each"),
     "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}

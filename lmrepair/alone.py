@@ -9,10 +9,11 @@ from pathlib import Path
 from lmrepair.drift import Drift, Reference, measure_drift
 from lmrepair.failures import Failure
 from lmrepair.gate import Gate
-from lmrepair.loop import Progress, Repair, repair_each, with_drift
+from lmrepair.loop import Progress, repair_each
 from lmrepair.methods import Method
 from lmrepair.moments import Statistics
 from lmrepair.net import Net
+from lmrepair.outcome import Repair, with_drift
 from lmrepair.render import PatchSize
 from lmrepair.wordings import Wordings
 

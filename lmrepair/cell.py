@@ -25,11 +25,12 @@ from lmrepair.failures import Failure, read_failures
 from lmrepair.grid import Grid, grid_effects, read_grid
 from lmrepair.gridfile import EMBEDDED, Cell, DriftSpec, Job
 from lmrepair.loading import load
-from lmrepair.loop import Repair, repair, repair_each
+from lmrepair.loop import repair, repair_each
 from lmrepair.machine import Peak, machine, versions
 from lmrepair.methods import Method
 from lmrepair.moments import Statistics
 from lmrepair.net import Net
+from lmrepair.outcome import Repair
 from lmrepair.patch import Patch
 from lmrepair.records import (
     clean,

@@ -16,10 +16,11 @@ from lmrepair.drift import Drift, Reference, measure_drift_by_kind
 from lmrepair.errors import FailuresError, UsageError
 from lmrepair.evaluation import Scores, answers, scores
 from lmrepair.failures import Failure, Tokens, contradictions
-from lmrepair.loop import Outcome, Progress, quiet, repair, repair_each
+from lmrepair.loop import Progress, quiet, repair, repair_each
 from lmrepair.methods import Method
 from lmrepair.moments import Statistics
 from lmrepair.net import Net
+from lmrepair.outcome import Outcome
 from lmrepair.statistics import statistics_of
 from lmrepair.trial import Trial, put
 

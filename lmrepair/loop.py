@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from lmrepair.diagnosis import Diagnosis, Mistake, check, diagnoses
-from lmrepair.drift import Drift, Reference, measure_drift, read_reference
+from lmrepair.diagnosis import Diagnosis, check, diagnoses
+from lmrepair.drift import Reference, measure_drift, read_reference
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Tokens, contradictions
 from lmrepair.fingerprint import fingerprint
@@ -21,6 +21,7 @@ from lmrepair.guard import Guard, Scaled
 from lmrepair.methods import Method, MinKl
 from lmrepair.moments import Statistics
 from lmrepair.net import Batch, Net, settled
+from lmrepair.outcome import Cost, Outcome, Repair, recorded
 from lmrepair.patch import Patch
 from lmrepair.patchfile import Item, Made
 from lmrepair.solver import Known, Solver, first_reading, say_memory
@@ -31,70 +32,6 @@ from lmrepair.wordings import Wordings
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
 FORWARDS_TIMED = 5
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one failure. ``reason`` says why it is not repaired, with advice; empty if it is.
-
-    ``before`` and ``after`` are its mistakes under teacher forcing; ``after`` counts the repair's attempt
-    even where that was undone, unless the gate undid it.
-    """
-
-    failure: Failure
-    tokens: Tokens
-    before: tuple[Mistake, ...]
-    after: tuple[Mistake, ...]
-    reason: str = ""
-
-    @property
-    def failing(self) -> bool:
-        return bool(self.before)
-
-    @property
-    def repaired(self) -> bool:
-        return not self.reason
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Time from the first diagnosis to the last teacher-forced check, and that in forward equivalents.
-
-    A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
-    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards,
-    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair, and
-    ``gate_seconds`` what the gate took beside solving again.
-    """
-
-    seconds: float
-    forward_equivalents: float
-    check_seconds: float
-    steps: int
-    statistics_seconds: float = 0.0
-    gate_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Repair:
-    """The result: one outcome per failure, the patch (None if nothing was repaired), its drift and cost.
-
-    ``gate``: what the gate did (None: there was none).
-    """
-
-    method: Method
-    outcomes: tuple[Outcome, ...]
-    patch: Patch | None
-    drift: Drift | None
-    cost: Cost
-    gate: Gated | None = None
-
-    @property
-    def failing(self) -> int:
-        return sum(outcome.failing for outcome in self.outcomes)
-
-    @property
-    def repaired(self) -> int:
-        return sum(outcome.failing and outcome.repaired for outcome in self.outcomes)
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -143,7 +80,7 @@ def repair(
     reference = reference or read_reference()
     patch = attempt.patch(net)
     (drift,) = measure_drift(net, [patch], reference, lambda done, total: progress("drift", done, total))
-    patch = _recorded(patch, drift, reference)
+    patch = recorded(patch, drift, reference)
     patch.apply(net)
     return replace(attempt.result(patch), drift=drift)
 
@@ -169,18 +106,6 @@ def repair_each(
     for failure in failures:
         attempt = _kept(net, [failure], method, known, guard, progress, wordings)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
-
-
-def with_drift(repair: Repair, drift: Drift, reference: Reference) -> Repair:
-    """The repair with its patch's drift on a reference, written into the patch's record too."""
-    if repair.patch is None:
-        return repair
-    return replace(repair, patch=_recorded(repair.patch, drift, reference), drift=drift)
-
-
-def _recorded(patch: Patch, drift: Drift, reference: Reference) -> Patch:
-    record = {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens, "reference": reference.name}
-    return replace(patch, made=replace(patch.made, drift=record))
 
 
 @dataclass(frozen=True)

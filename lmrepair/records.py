@@ -11,9 +11,9 @@ from lmrepair.cumulative import Point
 from lmrepair.evaluation import Answer, decoder, greedy_texts, teacher_texts
 from lmrepair.failures import Failure
 from lmrepair.grid import GridEffects
-from lmrepair.loop import Outcome, Repair
 from lmrepair.metrics import corpus_bleu, text_scores
 from lmrepair.net import Net
+from lmrepair.outcome import Outcome, Repair
 from lmrepair.patch import Patch
 from lmrepair.sideeffects import Effect
 

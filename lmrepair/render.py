@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmrepair.diagnosis import Diagnosis, Mistake
     from lmrepair.drift import Drift
-    from lmrepair.loop import Outcome, Repair
+    from lmrepair.outcome import Outcome, Repair
     from lmrepair.patch import Patch
 
 WIDTH = 60

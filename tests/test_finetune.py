@@ -14,7 +14,7 @@ from oracle_models import FAILURES, State
 from peft import LoraConfig, inject_adapter_in_model
 
 from lmrepair import FineTune, Lora, Net, UsageError, loop, repair, repair_each
-from lmrepair.loop import Repair
+from lmrepair.outcome import Repair
 from lmrepair.solver import Known
 
 

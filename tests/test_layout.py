@@ -58,6 +58,7 @@ ORDER = [
     "gating",
     "statistics",
     "solver",
+    "outcome",
     "loop",
     "verify",
     "saved",

@@ -10,7 +10,7 @@ import pytest
 from oracle_models import FAILURES, State
 
 from lmrepair import Failure, Star, UsageError, answers, evaluate, repair_each
-from lmrepair.loop import Repair
+from lmrepair.outcome import Repair
 from lmrepair.patch import Patch
 from lmrepair.sideeffects import Standing, effect, held_out_scores, neighbours, probes, side_effects
 
