@@ -36,8 +36,8 @@ METHODS = {"star": ("star", None), "star --preset paper": ("star", "paper"), "sg
 JOINT, JOINT_COUNT = "conala", 30
 
 
-def failing_rows(net: Net, path: Path, template: str, count: int) -> list[Failure]:
-    """The first ``count`` rows of a file in which the model makes a mistake."""
+def failing_rows(net: Net, path: Path, template: str, count: int | None = None) -> list[Failure]:
+    """The first ``count`` rows (None: all) of a file in which the model makes a mistake."""
     rows = read_failures(path, template)
     return [row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes][:count]
 

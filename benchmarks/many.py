@@ -14,14 +14,12 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from main_job import TEMPLATES, failing_rows
 
-from lmrepair.diagnosis import diagnose
 from lmrepair.drift import Reference, measure_drift_by_kind, named, read_kinds, read_reference
 from lmrepair.evaluation import answers
 from lmrepair.failures import Failure, read_failures
@@ -34,22 +32,14 @@ from lmrepair.moments import Statistics
 from lmrepair.net import Net
 from lmrepair.patch import Patch
 from lmrepair.statistics import statistics_of
-from lmrepair.trial import Trial, put
+from lmrepair.trial import Projections
 
-TEMPLATES = {
-    "conala": "# {prompt}\\n{target}\\n",
-    "ia32": "; {prompt}\\n{target}\\n",
-    "tldr": "$ # {prompt}\\n{target}\\n",
-}
 ROWS = 48  # dev rows a task that drift is measured on
 
 
 def mixed(net: Net, data: Path, count: int) -> list[Failure]:
     """Failing test rows, one task after another in turn."""
-    tasks = []
-    for task, template in TEMPLATES.items():
-        rows = read_failures(data / f"{task}.test.jsonl", template)
-        tasks.append([row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes])
+    tasks = [failing_rows(net, data / f"{task}.test.jsonl", template) for task, template in TEMPLATES.items()]
     turns = [row for turn in itertools.zip_longest(*tasks) for row in turn if row is not None]
     once = list({row.prompt: row for row in reversed(turns)}.values())[::-1]
     return [Failure(row.prompt, row.target, str(number)) for number, row in enumerate(once[:count], start=1)]
@@ -65,23 +55,7 @@ def references(data: Path) -> list[Reference]:
 
 def holding(net: Net, rows: list[Failure]) -> int:
     """Of how many rows the answer comes out, preferred and written freely."""
-    found = answers(net, net.tokenize(rows))
-    return sum(one.preferred == one.written == one.tokens.target for one in found)
-
-
-class Whole:
-    """The FFN output projections as they are now, to be written for a while."""
-
-    def __init__(self, net: Net) -> None:
-        self.values = {layer: net.columns(layer).detach().clone() for layer in range(net.layers)}
-
-    @contextmanager
-    def on(self, net: Net) -> Iterator[None]:
-        sites = net.every_site()
-        with Trial(net, sites):
-            for layer, values in self.values.items():
-                put(net, layer, sites.columns[layer], values)
-            yield
+    return sum(one.holds for one in answers(net, net.tokenize(rows)))
 
 
 def together(
@@ -140,7 +114,7 @@ def main() -> None:
     began = time.perf_counter()
     figures, patches = (in_turn if options.in_turn else together)(net, rows, method, kinds[0], known)
     spent, most = time.perf_counter() - began, peak.read()
-    held, final = holding(net, rows), Whole(net)
+    held, final = holding(net, rows), Projections.of(net)
     for patch in reversed(patches):
         patch.revert(net)
     shipped, own = (measure_drift_by_kind(net, [final], found)[0] for found in (read_kinds(), kinds))

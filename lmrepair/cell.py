@@ -260,8 +260,9 @@ class _Study:
         peak = Peak(self.net.device)
         peak.start()
         shortest = min(self.references, key=_size, default=None)
-        rows, known, asked = self.rows.failing, self.statistics, self.wordings
-        joint = repair(self.net, rows, method, shortest, statistics=known, wordings=asked)
+        joint = repair(
+            self.net, self.rows.failing, method, shortest, statistics=self.statistics, wordings=self.wordings
+        )
         memory = peak.read()
         if joint.patch is not None:
             joint.patch.revert(self.net)

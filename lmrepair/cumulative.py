@@ -6,11 +6,8 @@ cumulative impact). The net is as it was, bit for bit, when this ends, however i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from lmrepair.drift import Drift, Reference, measure_drift_by_kind
 from lmrepair.errors import FailuresError, UsageError
@@ -22,7 +19,7 @@ from lmrepair.moments import Statistics
 from lmrepair.net import Net
 from lmrepair.outcome import Outcome
 from lmrepair.statistics import statistics_of
-from lmrepair.trial import Trial, put
+from lmrepair.trial import Projections, Trial, put
 
 MOST = 100  # repairs in one run
 
@@ -57,28 +54,6 @@ class Cumulative:
     joint: Point | None
 
 
-@dataclass(frozen=True)
-class _State:
-    """All FFN output projections as they were at some time, to be written for a while."""
-
-    values: Mapping[int, Tensor]
-
-    @staticmethod
-    def of(net: Net) -> _State:
-        return _State({layer: net.columns(layer).detach().clone() for layer in range(net.layers)})
-
-    @contextmanager
-    def on(self, net: Net) -> Iterator[None]:
-        with Trial(net, net.every_site()):
-            self.write(net)
-            yield
-
-    def write(self, net: Net) -> None:
-        sites = net.every_site()
-        for layer, values in self.values.items():
-            put(net, layer, sites.columns[layer], values)
-
-
 def cumulative(
     net: Net,
     failures: Sequence[Failure],
@@ -110,7 +85,7 @@ def cumulative(
         statistics = statistics_of(net, asked)
     run = _Run(net, net.tokenize(failures), net.tokenize(held_out), tuple(references), texts)
     with Trial(net, net.every_site()) as trial:
-        run.untouched = _State(trial.originals)
+        run.untouched = Projections(trial.originals)
         start = run.point([], 0)
         points, outcomes = [], []
         for number, failure in enumerate(failures, start=1):
@@ -144,12 +119,12 @@ class _Run:
     held_out: Sequence[Tokens]
     references: Sequence[Reference]
     texts: bool
-    untouched: _State | None = None
+    untouched: Projections | None = None
 
     def point(self, outcomes: Sequence[Outcome], done: int) -> Point:
         """Measure the net as it is now; the drift is that of this state written over the untouched one."""
         found = answers(self.net, self.tokens[:done])
-        right = [item.preferred == item.written == item.tokens.target for item in found]
+        right = [item.holds for item in found]
         mine = [hold for hold, outcome in zip(right, outcomes, strict=True) if outcome.failing and outcome.repaired]
         return Point(
             repairs=done,
@@ -174,7 +149,7 @@ class _Run:
     def _drift(self) -> Mapping[str, Drift]:
         if not self.references or self.untouched is None:
             return {}
-        now = _State.of(self.net)
+        now = Projections.of(self.net)
         with self.untouched.on(self.net):
             (found,) = measure_drift_by_kind(self.net, [now], self.references)
         return found

@@ -31,6 +31,11 @@ class Answer:
     written: tuple[int, ...] | None
 
     @property
+    def holds(self) -> bool:
+        """Whether the target comes out, preferred at every position and written freely."""
+        return self.preferred == self.written == self.tokens.target
+
+    @property
     def right(self) -> int:
         """How many positions are preferred."""
         return sum(said == wanted for said, wanted in zip(self.preferred, self.tokens.target, strict=True))

@@ -22,11 +22,10 @@ def locate(net: Net, batches: Sequence[Batch], preference: Preference, targeting
     if known is not None:
         return known
     share = share_of(targeting.share, "share")
-    count = targeting.layer_count(net.layers)
-    layers = list(range(net.layers))[-count:] if targeting.upper else list(range(net.layers))
-    if count < len(layers):
+    layers = _upper(net, targeting)
+    if not targeting.upper and len(layers) < net.layers:
         losses = skipped_losses(net, batches, preference)
-        layers = sorted(losses.argsort(descending=True, stable=True)[:count].tolist())
+        layers = sorted(losses.argsort(descending=True, stable=True)[: len(layers)].tolist())
     if share == 1 and targeting.pattern != "layer":
         return _whole(net, layers)
     return choose(attributions(net, batches, preference, layers), targeting.pattern, share)
@@ -37,7 +36,11 @@ def fixed_sites(net: Net, targeting: Targeting) -> Sites | None:
     targeting.check()
     if not targeting.fixed(net.layers):
         return None
-    return _whole(net, list(range(net.layers))[-targeting.layer_count(net.layers) :])
+    return _whole(net, _upper(net, targeting))
+
+
+def _upper(net: Net, targeting: Targeting) -> list[int]:
+    return list(range(net.layers))[-targeting.layer_count(net.layers) :]
 
 
 def _whole(net: Net, layers: Sequence[int]) -> Sites:

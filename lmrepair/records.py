@@ -25,7 +25,7 @@ def failure_data(net: Net, row: Failure, before: Answer, after: Answer, reason: 
     """A failure with what the model made of it before and after a repair."""
     return {
         **_row(net, row, before.tokens.target),
-        "repaired": after.match == 1.0 and after.written == after.tokens.target,
+        "repaired": after.holds,
         "reason": reason,
         "before": answer_data(net, before),
         "after": answer_data(net, after),

@@ -75,6 +75,28 @@ class Trial:
         return found
 
 
+@dataclass(frozen=True)
+class Projections:
+    """All FFN output projections as they were at some time, layer → [m, d], to be written for a while."""
+
+    values: Mapping[int, Tensor]
+
+    @staticmethod
+    def of(net: Net) -> Projections:
+        return Projections({layer: net.columns(layer).detach().clone() for layer in range(net.layers)})
+
+    @contextmanager
+    def on(self, net: Net) -> Iterator[None]:
+        with Trial(net, net.every_site()):
+            self.write(net)
+            yield
+
+    def write(self, net: Net) -> None:
+        sites = net.every_site()
+        for layer, values in self.values.items():
+            put(net, layer, sites.columns[layer], values)
+
+
 def take(net: Net, layer: int, columns: Tensor) -> Tensor:
     neurons = net.columns(layer)
     return neurons.index_select(0, columns.to(neurons.device))
