@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
-from lmrepair.diagnosis import diagnose
-from lmrepair.drift import Reference, measure_drift, read_reference
-from lmrepair.failures import Failure, read_failures
-from lmrepair.loading import load
-from lmrepair.loop import repair, repair_each
-from lmrepair.methods import Method, method_named
-from lmrepair.net import Net
-from lmrepair.outcome import Repair
+from lmrepair.diagnosis.mistakes import diagnose
+from lmrepair.failures.reference import Reference, read_reference
+from lmrepair.failures.rows import Failure, read_failures
+from lmrepair.loop.loop import repair, repair_each
+from lmrepair.loop.outcome import Repair
+from lmrepair.measure.drift import measure_drift
+from lmrepair.methods import method_named
+from lmrepair.methods.base import Method
+from lmrepair.model.loading import load
+from lmrepair.model.net import Net
 
 TEMPLATES = {
     "conala": "# {prompt}\\n{target}\\n",

@@ -20,19 +20,21 @@ from typing import Any
 import torch
 from main_job import TEMPLATES, failing_rows
 
-from lmrepair.drift import Reference, measure_drift_by_kind, named, read_kinds, read_reference
-from lmrepair.evaluation import answers
-from lmrepair.failures import Failure, read_failures
-from lmrepair.gate import Gate
-from lmrepair.loading import load
-from lmrepair.loop import repair
-from lmrepair.machine import Peak, machine, versions
-from lmrepair.methods import Method, method_named
-from lmrepair.moments import Statistics
-from lmrepair.net import Net
-from lmrepair.patch import Patch
-from lmrepair.statistics import statistics_of
-from lmrepair.trial import Projections
+from lmrepair.bench.machine import Peak, machine, versions
+from lmrepair.failures.reference import Reference, named, read_kinds, read_reference
+from lmrepair.failures.rows import Failure, read_failures
+from lmrepair.loop.gate import Gate
+from lmrepair.loop.loop import repair
+from lmrepair.measure.answer import answers
+from lmrepair.measure.drift import measure_drift_by_kind
+from lmrepair.methods import method_named
+from lmrepair.methods.base import Method
+from lmrepair.model.edit import Projections
+from lmrepair.model.loading import load
+from lmrepair.model.moments import Statistics
+from lmrepair.model.net import Net
+from lmrepair.model.statistics import statistics_of
+from lmrepair.patch.patch import Patch
 
 ROWS = 48  # dev rows a task that drift is measured on
 

@@ -5,131 +5,94 @@ The public names, below, are imported when they are first used, so that ``import
 
 from __future__ import annotations
 
+import ast
+import sys
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+
+def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package that lists its names as imports under ``if TYPE_CHECKING``.
+
+    A name is imported when it is first used: what needs no torch does not wait for it.
+    """
+
+    @cache
+    def homes() -> dict[str, str]:
+        tree = ast.parse(Path(str(sys.modules[room].__file__)).read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+        return {
+            alias.name: str(node.module)
+            for node in found
+            for alias in node.names
+            if str(node.module).startswith("lmrepair.") and alias.asname == alias.name
+        }
+
+    def named(name: str) -> Any:
+        if name not in homes():
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(homes()[name]), name)
+
+    return named, lambda: sorted(homes())
+
+
 if TYPE_CHECKING:
-    from lmrepair.diagnosis import Diagnosis, Mistake, diagnose
-    from lmrepair.drift import Drift, Reference, measure_drift, measure_drift_by_kind, read_reference
+    from lmrepair.diagnosis import Diagnosis as Diagnosis, Mistake as Mistake, diagnose as diagnose
     from lmrepair.errors import (
-        FailuresError,
-        LmrepairError,
-        ModelError,
-        PatchError,
-        UsageError,
-        WrongModelError,
+        FailuresError as FailuresError,
+        LmrepairError as LmrepairError,
+        ModelError as ModelError,
+        PatchError as PatchError,
+        UsageError as UsageError,
+        WrongModelError as WrongModelError,
     )
-    from lmrepair.evaluation import Answer, Scores, answers, evaluate, scores
-    from lmrepair.failures import Failure, Template, read_failures
-    from lmrepair.gate import Gate, Protected, read_protected
-    from lmrepair.gating import Gated
-    from lmrepair.loading import load
-    from lmrepair.loop import repair, repair_each
+    from lmrepair.failures import (
+        Failure as Failure,
+        Protected as Protected,
+        Reference as Reference,
+        Template as Template,
+        Wordings as Wordings,
+        read_failures as read_failures,
+        read_protected as read_protected,
+        read_reference as read_reference,
+    )
+    from lmrepair.loop import (
+        Gate as Gate,
+        Gated as Gated,
+        Outcome as Outcome,
+        Repair as Repair,
+        repair as repair,
+        repair_each as repair_each,
+    )
+    from lmrepair.measure import (
+        Answer as Answer,
+        Drift as Drift,
+        Scores as Scores,
+        answers as answers,
+        evaluate as evaluate,
+        measure_drift as measure_drift,
+        measure_drift_by_kind as measure_drift_by_kind,
+        scores as scores,
+    )
     from lmrepair.methods import (
-        AlphaEdit,
-        Direct,
-        Emmet,
-        FineTune,
-        Lora,
-        Memit,
-        Method,
-        MinKl,
-        Mint,
-        Rome,
-        Sgd,
-        Star,
+        AlphaEdit as AlphaEdit,
+        Direct as Direct,
+        Emmet as Emmet,
+        FineTune as FineTune,
+        Lora as Lora,
+        Memit as Memit,
+        Method as Method,
+        MinKl as MinKl,
+        Mint as Mint,
+        Rome as Rome,
+        Sgd as Sgd,
+        Star as Star,
     )
-    from lmrepair.net import Net
-    from lmrepair.outcome import Outcome, Repair
-    from lmrepair.patch import Patch
-    from lmrepair.wordings import Wordings
+    from lmrepair.model import Net as Net, load as load
+    from lmrepair.patch import Patch as Patch
 
-_HOME = {
-    "errors": ("FailuresError", "LmrepairError", "ModelError", "PatchError", "UsageError", "WrongModelError"),
-    "failures": ("Failure", "Template", "read_failures"),
-    "net": ("Net",),
-    "loading": ("load",),
-    "patch": ("Patch",),
-    "diagnosis": ("Diagnosis", "Mistake", "diagnose"),
-    "drift": ("Drift", "Reference", "measure_drift", "measure_drift_by_kind", "read_reference"),
-    "gate": ("Gate", "Protected", "read_protected"),
-    "gating": ("Gated",),
-    "wordings": ("Wordings",),
-    "methods": (
-        "AlphaEdit",
-        "Direct",
-        "Emmet",
-        "FineTune",
-        "Lora",
-        "Memit",
-        "Method",
-        "MinKl",
-        "Mint",
-        "Rome",
-        "Sgd",
-        "Star",
-    ),  # fmt: skip
-    "outcome": ("Outcome", "Repair"),
-    "loop": ("repair", "repair_each"),
-    "evaluation": ("Answer", "Scores", "answers", "evaluate", "scores"),
-}
-_MODULES = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [
-    "AlphaEdit",
-    "Answer",
-    "Diagnosis",
-    "Direct",
-    "Drift",
-    "Emmet",
-    "Failure",
-    "FailuresError",
-    "FineTune",
-    "Gate",
-    "Gated",
-    "LmrepairError",
-    "Lora",
-    "Memit",
-    "Method",
-    "MinKl",
-    "Mint",
-    "Mistake",
-    "ModelError",
-    "Net",
-    "Outcome",
-    "Patch",
-    "PatchError",
-    "Protected",
-    "Reference",
-    "Repair",
-    "Rome",
-    "Scores",
-    "Sgd",
-    "Star",
-    "Template",
-    "UsageError",
-    "Wordings",
-    "WrongModelError",
-    "answers",
-    "diagnose",
-    "evaluate",
-    "load",
-    "measure_drift",
-    "measure_drift_by_kind",
-    "read_failures",
-    "read_protected",
-    "read_reference",
-    "repair",
-    "repair_each",
-    "scores",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'lmrepair' has no attribute {name!r}")
-    return getattr(import_module(f"lmrepair.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = door(__name__)
+__all__ = __dir__()

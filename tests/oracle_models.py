@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmrepair import Failure, Net
+from lmrepair import Failure, Net, Reference
 
+TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 HIDDEN, WIDTH, LAYERS = 32, 48, 3
 KINDS = ("llama", "gpt2")
 

@@ -40,7 +40,7 @@ def dying(job: Any) -> dict[str, Any]:
 
 def dying_once(job: Any) -> dict[str, Any]:
     """The real thing, but for a worker that is killed half-way through its first cell."""
-    from lmrepair.cell import measure
+    from lmrepair.bench.cell import measure
 
     found = measure(job)
     mark = Path(job.data) / "killed"

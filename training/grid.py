@@ -1,4 +1,4 @@
-"""Make lmrepair/embedded/grid.jsonl: what Python's standard library is called for, asked in several wordings.
+"""Make lmrepair/model/embedded/grid.jsonl: what Python's standard library is called for, asked in several wordings.
 
 python training/grid.py
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lmrepair.grid import Grid, build_grid, write_grid
+from lmrepair.measure.grid import Grid, build_grid, write_grid
 
-OUTPUT = Path(__file__).resolve().parents[1] / "lmrepair" / "embedded" / "grid.jsonl"
+OUTPUT = Path(__file__).resolve().parents[1] / "lmrepair" / "model" / "embedded" / "grid.jsonl"
 
 # name: (module, what is wanted, argument names, variable, the function's name). The target is the name alone:
 # what follows it (a bracket, its arguments) is not the knowledge asked for, and tokenizers join it differently.

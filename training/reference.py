@@ -15,7 +15,7 @@ from pathlib import Path
 from train import held_out, read, source_files
 
 HERE = Path(__file__).parent
-OUTPUT = HERE.parent / "lmrepair" / "embedded" / "reference.jsonl"
+OUTPUT = HERE.parent / "lmrepair" / "model" / "embedded" / "reference.jsonl"
 FILES, CHARACTERS = 14, 900
 
 

@@ -1,6 +1,6 @@
 """Train the small code model that ships in the package, from nothing, on this machine's Python.
 
-    python training/train.py --output lmrepair/embedded/model
+    python training/train.py --output lmrepair/model/embedded/model
 
 Reads the Python standard library's source where this interpreter keeps it (no download), trains a
 byte-level BPE and a Llama-type model on it, measures both on files that were left out, and writes a

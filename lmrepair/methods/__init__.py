@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import fields
 
 from lmrepair.errors import UsageError, nearest
-from lmrepair.methods.base import Asked, Method, Problem, Step, Targeted
+from lmrepair.methods.base import Method, Problem, Step, Targeted
 from lmrepair.methods.direct import Direct
 from lmrepair.methods.finetune import FineTune
+from lmrepair.methods.keyed import AlphaEdit, Emmet, Memit, Rome
 from lmrepair.methods.lora import Lora
-from lmrepair.methods.memit import AlphaEdit, Memit
 from lmrepair.methods.minkl import MinKl
 from lmrepair.methods.mint import Mint
-from lmrepair.methods.rome import Emmet, Rome
 from lmrepair.methods.sgd import Sgd
 from lmrepair.methods.star import Star
+from lmrepair.methods.targeting import Targeting
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Star, MinKl, Direct, Rome, Emmet, Memit, AlphaEdit, Mint, Sgd, FineTune, Lora)
@@ -22,26 +22,9 @@ METHODS: dict[str, type[Method]] = {
 DEFAULT = MinKl.name
 
 __all__ = [
-    "DEFAULT",
-    "METHODS",
-    "AlphaEdit",
-    "Asked",
-    "Direct",
-    "Emmet",
-    "FineTune",
-    "Lora",
-    "Memit",
-    "Method",
-    "MinKl",
-    "Mint",
-    "Problem",
-    "Rome",
-    "Sgd",
-    "Star",
-    "Step",
-    "Targeted",
-    "method_named",
-]
+    "DEFAULT", "METHODS", "AlphaEdit", "Direct", "Emmet", "FineTune", "Lora", "Memit", "Method", "MinKl",
+    "Mint", "Problem", "Rome", "Sgd", "Star", "Step", "Targeted", "Targeting", "method_named",
+]  # fmt: skip
 
 
 def method_named(name: str, preset: str | None = None, /, **settings: object) -> Method:

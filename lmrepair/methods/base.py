@@ -12,15 +12,14 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.targeting import PATTERNS
+from lmrepair.methods.targeting import PATTERNS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmrepair.basis import Bases
     from lmrepair.failures import Tokens
-    from lmrepair.moments import Metric
-    from lmrepair.net import Batch, Net, Preference, Reading, Sites
+    from lmrepair.methods.maths import Bases
+    from lmrepair.model import Asked, Batch, Metric, Net, Preference, Reading, Sites
 
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
@@ -46,21 +45,6 @@ class Problem:
     step: int
     memory: Any = None
     metric: Metric | None = None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The statistics of reference text that a method asks for.
-
-    ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
-    "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
-    ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal.
-    """
-
-    inputs: str
-    outputs: str
-    samples: int
-    damping: float
 
 
 @dataclass(frozen=True)
@@ -156,12 +140,12 @@ class Targeted(Method):
     share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
 
     def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:
-        from lmrepair.locate import Targeting, locate
+        from lmrepair.methods.targeting import Targeting, locate
 
         return locate(net, batches, preference, Targeting(self.layers, self.pattern, self.share))
 
     def fixed_sites(self, net: Net) -> Sites | None:
-        from lmrepair.locate import Targeting, fixed_sites
+        from lmrepair.methods.targeting import Targeting, fixed_sites
 
         return fixed_sites(net, Targeting(self.layers, self.pattern, self.share))
 
@@ -184,7 +168,7 @@ def metric_of(problem: Problem) -> Metric:
 
 def read_preference(net: Net, batches: Sequence[Batch], focus: Tensor | None, margin: float | None) -> Reading:
     """A reading of what is preferred now and nothing else, for methods that take gradients when they solve."""
-    from lmrepair.net import Reading
+    from lmrepair.model import Reading
 
     preference = net.prefer(batches)
     return Reading(preference, margin is not None and preference.holds(focus, margin))

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmrepair.methods.base import MOMENTS, Asked, Method, Problem, Step, metric_of, setting
+from lmrepair.methods.base import MOMENTS, Method, Problem, Step, metric_of, setting
 from lmrepair.methods.keyed import spanned
-from lmrepair.targeting import share_of
+from lmrepair.methods.targeting import share_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmrepair.closed_form import Apply
-    from lmrepair.direct_path import Slopes
-    from lmrepair.net import Batch, Net, Preference, Sites
+    from lmrepair.methods.maths import Apply, Slopes
+    from lmrepair.model import Asked, Batch, Net, Preference, Sites
 
 AIM, SPARE = 1.25, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 
@@ -47,11 +46,13 @@ class Direct(Method):
         share_of(self.span, "span")
 
     def asks(self) -> Asked:
+        from lmrepair.model import Asked
+
         return Asked(self.inputs, "none", self.samples, self.damping)
 
     def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:  # noqa: ARG002
         """Every neuron of the uppermost layers."""
-        from lmrepair.net import Sites
+        from lmrepair.model import Sites
 
         every = net.every_site().columns
         return Sites({layer: every[layer] for layer in spanned(net, 1.0, self.span)})
@@ -65,15 +66,14 @@ class Direct(Method):
         margin: float | None,
         memory: Any = None,  # noqa: ARG002
     ) -> Slopes:
-        from lmrepair.direct_path import read_slopes
+        from lmrepair.methods.maths import read_slopes
 
         return read_slopes(net, batches, sites, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
         import torch
 
-        from lmrepair.closed_form import Constraints
-        from lmrepair.direct_path import scaled
+        from lmrepair.methods.maths import Constraints, scaled
 
         metrics = problem.memory if problem.memory is not None else self._metrics(problem)
         reading: Slopes = problem.reading  # type: ignore[assignment]
@@ -87,7 +87,7 @@ class Direct(Method):
         return Step({layer: problem.deltas[layer] + changes[layer] for layer in problem.deltas}, metrics)
 
     def _metrics(self, problem: Problem) -> Mapping[int, Apply]:
-        from lmrepair.closed_form import inverse_metric
+        from lmrepair.methods.maths import inverse_metric
 
         metric = metric_of(problem)
         return {layer: inverse_metric(metric.inputs[layer]) for layer in problem.sites.layers}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lmrepair.methods.adam import adam
 from lmrepair.methods.base import Problem, Step, Targeted, margin_needs_early, setting
+from lmrepair.methods.maths import adam
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.adam import Moments, adam
 from lmrepair.methods.base import Problem, Step, Targeted, margin_needs_early, setting
+from lmrepair.methods.maths import Moments, adam
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import MOMENTS, Asked, Problem, Step, Targeted, metric_of, setting
+from lmrepair.methods.base import MOMENTS, Problem, Step, Targeted, metric_of, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.failures import Tokens
-    from lmrepair.margins import Factors, Margins
-    from lmrepair.moments import Inverse
-    from lmrepair.net import Batch, Net, Preference, Sites
-    from lmrepair.tail import Tail
+    from lmrepair.methods.maths import Factors, Margins, Tail
+    from lmrepair.model import Asked, Batch, Inverse, Net, Preference, Sites
 
     _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
 
@@ -56,6 +54,8 @@ class MinKl(Targeted):
             raise UsageError(f"neurons is {self.neurons}; expected 0 (no limit) or more")
 
     def asks(self) -> Asked:
+        from lmrepair.model import Asked
+
         return Asked(self.inputs, self.outputs, self.samples, self.damping)
 
     def read(
@@ -67,7 +67,7 @@ class MinKl(Targeted):
         margin: float | None,
         memory: _State | None = None,
     ) -> Margins:
-        from lmrepair.margins import read_margins
+        from lmrepair.methods.maths import read_margins
 
         if margin is None or memory is None:
             return read_margins(net, batches, sites, focus, margin, self._first if margin is not None else None)
@@ -127,7 +127,7 @@ class MinKl(Targeted):
         """The change [k, d] of the neurons that leaves no margin open, from what is read without it."""
         import torch
 
-        from lmrepair.dual import weights_for
+        from lmrepair.methods.maths import weights_for
 
         (layer,) = problem.sites.layers
         z = tail.inputs[:, state.places[layer].to(tail.inputs.device)]
@@ -149,7 +149,7 @@ class MinKl(Targeted):
         """Layer → what is to be added [k, d] to ``keep`` of the change so far."""
         import torch
 
-        from lmrepair.dual import weights_for
+        from lmrepair.methods.maths import weights_for
 
         rise = state.rise(problem)
         if keep < 1:
@@ -253,7 +253,7 @@ class _State:
         """With some failures read anew: their gradients take the place of the old ones, in the system too."""
         import torch
 
-        from lmrepair.dual import gram, kernel
+        from lmrepair.methods.maths import gram, kernel
 
         fresh = [self.restrict(item) for item in factors]
         white = [self.whiten(item) for item in fresh]

@@ -13,7 +13,7 @@ from lmrepair.methods.base import Method, Problem, Step, read_preference, settin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmrepair.net import Batch, Net, Preference, Reading, Sites
+    from lmrepair.model import Batch, Net, Preference, Reading, Sites
 
 NEGLIGIBLE = 1e-6  # share of a drift that is left by rounding alone where earlier drifts span it
 
@@ -58,7 +58,7 @@ class Mint(Method):
 
     def sites(self, net: Net, batches: Sequence[Batch], preference: Preference) -> Sites:  # noqa: ARG002
         """Every neuron of the upper half of the layers."""
-        from lmrepair.net import Sites
+        from lmrepair.model import Sites
 
         every = net.every_site().columns
         return Sites({layer: every[layer] for layer in range(net.layers // 2, net.layers)})
@@ -150,8 +150,7 @@ def _tried(problem: Problem, row: int, layer: int, neuron: int, move: Tensor) ->
     """p(said) − p(wanted) with one neuron moved; its bits are put back."""
     import torch
 
-    from lmrepair.net import Sites
-    from lmrepair.trial import Trial
+    from lmrepair.model import Sites, Trial
 
     batch, at = _located(problem, row)
     place = Sites({layer: torch.tensor([neuron])})
@@ -165,7 +164,7 @@ def _attribution(problem: Problem, row: int) -> dict[int, Tensor]:
     """Layer → |z·∂p(wanted)/∂z| [m] at one position."""
     import torch
 
-    from lmrepair.locate import attributions
+    from lmrepair.diagnosis import attributions
 
     preference = problem.reading.preference
     one = -torch.ones_like(preference.gap)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lmrepair.methods.base import Asked, Problem, Step, Targeted, setting
+from lmrepair.methods.base import Problem, Step, Targeted, setting
 
 if TYPE_CHECKING:
-    from lmrepair.closed_form import Apply
+    from lmrepair.methods.maths import Apply
+    from lmrepair.model import Asked
 
 METRICS = ("identity", "diagonal", "sampled", "full")
 
@@ -39,13 +40,14 @@ class Star(Targeted):
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
 
     def asks(self) -> Asked | None:
+        from lmrepair.model import Asked
+
         return None if self.metric == "identity" else Asked(self.metric, "none", self.samples, self.damping)
 
     def solve(self, problem: Problem) -> Step:
         import torch
 
-        from lmrepair.basis import by_spread
-        from lmrepair.closed_form import Constraints
+        from lmrepair.methods.maths import Constraints, by_spread
 
         preference, rows = problem.reading.preference, problem.focus
         mistaken = ~(preference.gap[rows] < -self.margin)
@@ -63,8 +65,8 @@ class Star(Targeted):
 
     def _metrics(self, problem: Problem) -> dict[int, Apply] | None:
         """Layer → M of the chosen neurons; None for the identity."""
-        from lmrepair.closed_form import inverse_metric
         from lmrepair.methods.base import metric_of
+        from lmrepair.methods.maths import inverse_metric
 
         if self.metric == "identity":
             return None

@@ -1,0 +1,351 @@
+"""Measure one cell of a bench: repair, then read effect, cost and side effects, failure by failure.
+
+Everything a figure is made from is kept raw: token ids and texts, ranks and gaps, generations. The same
+cell on the same kind of machine gives the same record, but for times and memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrepair.bench.grid_file import EMBEDDED, Cell, DriftSpec, Job
+from lmrepair.bench.in_turn import cumulative
+from lmrepair.bench.machine import Peak, machine, versions
+from lmrepair.bench.records import (
+    clean,
+    cost_data,
+    effect_data,
+    failure_data,
+    grid_data,
+    heldout_change,
+    heldout_data,
+    outcome_data,
+    patch_data,
+    point_data,
+)
+from lmrepair.diagnosis import diagnose
+from lmrepair.errors import FailuresError
+from lmrepair.failures import Failure, Reference, named, read_failures, read_kinds, read_reference, shipped
+from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
+from lmrepair.measure import (
+    Answer,
+    Edit,
+    Grid,
+    SideEffects,
+    answers,
+    effect,
+    grid_effects,
+    measure_drift,
+    neighbours,
+    probes,
+    read_grid,
+    side_effects,
+)
+from lmrepair.methods import Method
+from lmrepair.model import WINDOW, Net, Statistics, load, statistics_of
+from lmrepair.patch import Patch
+
+HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
+ROWS_AT_ONCE = 32
+SHORTEST = 32  # tokens that are read of each reference text, at least
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a cell: the failures to repair, all rows of their file, and held-out rows of the task."""
+
+    failing: list[Failure]
+    all: list[Failure]
+    heldout: list[Failure]
+    grid: Grid | None = None
+
+
+class _Untouched:
+    """An edit that changes nothing: what an attempt without a patch left."""
+
+    def on(self, _: Net) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """The record of a cell: ``machine``, ``versions``, ``seconds``, and what its study measured.
+
+    Raises what its parts raise; the net is loaded anew for every cell, so nothing is left behind.
+    """
+    cell = job.cell
+    began = time.perf_counter()
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    torch.manual_seed(cell.seed)
+    net = load(model_source(job), device=job.device, dtype=cell.model.dtype)
+    references = [_reference(net, spec, job) for spec in cell.drift]
+    study = _Study(net, cell, _rows(net, job), references, _statistics(net, job))
+    found = study.run()
+    return {
+        "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
+        "machine": machine(net.device),
+        "versions": versions(),
+        **clean(found),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def model_source(job: Job) -> str | None:
+    """What ``load`` takes: None for the embedded model, a folder below ``models``, or a hub name."""
+    path = job.cell.model.path
+    if path == EMBEDDED:
+        return None
+    return str(job.models / path) if (job.models / path).is_dir() else path
+
+
+def data_file(job: Job, name: str, embedded: str) -> Path:
+    """A file of the grid below ``data``, or the one that ships."""
+    return shipped(embedded) if name == EMBEDDED else job.data / name
+
+
+def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
+    """Reference text of one kind (its rows, where a file has several), as short as the cell asks for."""
+    path = None if spec.file == EMBEDDED else job.data / spec.file
+    if spec.template:
+        return _answered(net, spec, data_file(job, spec.file, "failures.jsonl"))
+    kinds = [one for one in read_kinds(path) if one.name.split("@")[0] == spec.kind]
+    whole = kinds[0] if kinds else read_reference(path, spec.kind)
+    length = min(WINDOW, max(SHORTEST, spec.tokens // len(whole.texts)))
+    texts = []
+    for text in whole.texts[: max(1, spec.tokens // length)]:
+        ids = net.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"][: length - 1]
+        texts.append(str(net.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+    return replace(whole, texts=tuple(texts))
+
+
+def _statistics(net: Net, job: Job) -> Statistics | None:
+    """What the method knows of reference text, where the grid gives it more than the model's own."""
+    spec = job.cell.method
+    method = spec.build(job.cell.targeting, job.cell.seed)
+    asked = method.asks() if method is not None else None
+    if asked is None or (spec.statistics is None and spec.own_texts is None):
+        return None
+    text = read_reference(data_file(job, spec.statistics, "reference.jsonl")) if spec.statistics else None
+    return statistics_of(net, asked, text, own=spec.own_texts)
+
+
+def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
+    """Rows of a task, each with its answer, as reference text: the first that make up the tokens asked for."""
+    texts, left = [], spec.tokens
+    for row in read_failures(path, spec.template):
+        texts.append(row.prompt + row.target)
+        left -= len(net.tokenizer(texts[-1], verbose=False)["input_ids"])
+        if left <= 0:
+            break
+    return named(spec.kind, texts)
+
+
+def _rows(net: Net, job: Job) -> Rows:
+    cell, spec = job.cell, job.cell.data
+    path = data_file(job, spec.file, f"{spec.format}.jsonl")
+    grid = read_grid(path) if spec.format == "grid" else None
+    everything = list(grid.cells) if grid else read_failures(path, spec.template)
+    if grid:
+        failing = _failing(net, everything, len(everything), spec.file)
+        count = min(cell.failing or len(failing), len(failing))
+        return Rows([failing[at * len(failing) // count] for at in range(count)], everything, [], grid)
+    candidates = everything
+    if cell.study in ("together", "cumulative"):
+        # No one model can give two targets for one prompt: of such rows the first is repaired.
+        candidates = list({_asked(row): row for row in reversed(everything)}.values())[::-1]
+    failing = _failing(net, candidates, cell.failing or len(everything), spec.file)
+    source = everything if spec.heldout is None else read_failures(job.data / spec.heldout, spec.template)
+    asked = {_asked(row) for row in failing}
+    heldout = [row for row in source if _asked(row) not in asked]
+    return Rows(failing, everything, heldout[: cell.measures.heldout])
+
+
+def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Failure]:
+    """The first rows that the model makes a mistake on, read a few at a time."""
+    failing: list[Failure] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        failing += [row for row, item in zip(part, diagnose(net, part), strict=True) if item.mistakes]
+        if len(failing) >= most:
+            return failing[:most]
+    if not failing:
+        raise FailuresError(f"{file}: the model makes no mistake on any of its {len(rows)} rows")
+    return failing
+
+
+def _asked(row: Failure) -> str:
+    return row.prompt or str([dict(message) for message in row.messages])
+
+
+class _Study:
+    """One cell under measurement: what is read once of the untouched net, and the study's records."""
+
+    def __init__(
+        self, net: Net, cell: Cell, rows: Rows, references: Sequence[Reference], statistics: Statistics | None
+    ) -> None:
+        self.net, self.cell, self.rows, self.references, self.statistics = net, cell, rows, references, statistics
+        self.method = cell.method.build(cell.targeting, cell.seed)
+        prefixes = cell.method.prefixes
+        self.wordings = drawn_wordings(net, False, prefixes, cell.seed) if prefixes else None
+
+    def run(self) -> dict[str, Any]:
+        """The study's part of the record."""
+        if self.method is not None and self.cell.study == "cumulative":
+            return self._cumulative(self.method)
+        self.before = answers(self.net, self.rows.failing)
+        self.held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        if self.rows.grid:
+            self.cells = answers(self.net, self.rows.grid.cells, generate=False)
+        if self.method is None:
+            found: dict[str, Any] = {"failures": self._prompted()}
+        elif self.cell.study == "together":
+            found = self._together(self.method)
+        else:
+            found = {"failures": self._alone(self.method)}
+        return {"heldout": self.held, **found}
+
+    def _prompted(self) -> list[dict[str, Any]]:
+        """The yardstick: the solved failure is put before the prompt, and the weights stay as they are."""
+        found = []
+        for row, before in zip(self.rows.failing, self.before, strict=True):
+            began = time.perf_counter()
+            (after,) = answers(self.net, solved_before([row], row))
+            cost = {"seconds": time.perf_counter() - began, "steps": 0}
+            held = answers(self.net, solved_before(self.rows.heldout, row), generate=False)
+            record = failure_data(self.net, row, before, after, "") | {"cost": cost}
+            record |= heldout_change(self.held, heldout_data(self.net, held))
+            found.append(record | side_data(prompted_effects(self.net, row, self.rows.all, self.cell)))
+        return found
+
+    def _alone(self, method: Method) -> list[dict[str, Any]]:
+        """Every failure from the untouched net (the protocol of arXiv 2503.12899)."""
+        found: list[dict[str, Any]] = []
+        held: list[tuple[dict[str, Any], Patch]] = []
+        size = 0
+        made = repair_each(self.net, self.rows.failing, method, statistics=self.statistics, wordings=self.wordings)
+        peak = Peak(self.net.device)
+        for row, before in zip(self.rows.failing, self.before, strict=True):
+            torch.manual_seed(self.cell.seed)
+            peak.start()
+            one = next(made)
+            record = self._repaired(row, before, one, peak.read())
+            found.append(record)
+            if one.patch is not None:
+                held.append((record, one.patch))
+                size += record["patch"]["bytes"]
+            if size > HELD:
+                self._drifts(held)
+                held, size = [], 0
+        self._drifts(held)
+        return found
+
+    def _repaired(self, row: Failure, before: Answer, one: Repair, memory: int | None) -> dict[str, Any]:
+        edit = one.patch or _Untouched()
+        with edit.on(self.net):
+            (after,) = answers(self.net, [row])
+            held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        record = failure_data(self.net, row, before, after, one.outcomes[0].reason)
+        record |= {"cost": cost_data(one, memory), "patch": patch_data(self.net, one.patch)}
+        record |= heldout_change(self.held, held)
+        if self.rows.grid:
+            place = divmod(self.rows.grid.cells.index(row), len(self.rows.grid.wordings))
+            return record | {"grid": grid_data(grid_effects(self.net, self.rows.grid, edit, place, self.cells))}
+        return record | side_data(self._side_effects(edit, [row]))
+
+    def _together(self, method: Method) -> dict[str, Any]:
+        """All failures in one patch."""
+        peak = Peak(self.net.device)
+        peak.start()
+        shortest = min(self.references, key=_size, default=None)
+        joint = repair(
+            self.net, self.rows.failing, method, shortest, statistics=self.statistics, wordings=self.wordings
+        )
+        memory = peak.read()
+        if joint.patch is not None:
+            joint.patch.revert(self.net)
+        edit = joint.patch or _Untouched()
+        with edit.on(self.net):
+            after = answers(self.net, self.rows.failing)
+            held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        records = [
+            failure_data(self.net, row, old, new, outcome.reason)
+            for row, old, new, outcome in zip(self.rows.failing, self.before, after, joint.outcomes, strict=True)
+        ]
+        whole = {"cost": cost_data(joint, memory), "patch": patch_data(self.net, joint.patch)}
+        whole |= heldout_change(self.held, held) | side_data(self._side_effects(edit, self.rows.failing))
+        self._drifts([(whole, edit)])
+        return {"failures": records, "together": whole}
+
+    def _cumulative(self, method: Method) -> dict[str, Any]:
+        """Repairs one after another, and in one joint solve beside them where the method can."""
+        done = cumulative(
+            self.net,
+            self.rows.failing,
+            method,
+            self.rows.heldout,
+            self.references,
+            self.cell.measures.every,
+            joint=method.mode == "multi-failure" and len(self.rows.failing) <= self.cell.measures.joint,
+            texts=True,
+            statistics=self.statistics,
+        )
+        return {
+            "failures": [outcome_data(self.net, outcome) for outcome in done.outcomes],
+            "curve": [point_data(point) for point in (done.start, *done.points)],
+            "joint": point_data(done.joint) if done.joint else None,
+        }
+
+    def _side_effects(self, edit: Edit, failures: Sequence[Failure]) -> SideEffects:
+        return side_effects(self.net, edit, failures, self.rows.all, self.cell.measures.neighbours)
+
+    def _drifts(self, held: Sequence[tuple[dict[str, Any], Edit]]) -> None:
+        """Write the drift of patches, kind by kind, into their records."""
+        for reference in self.references if held else ():
+            drifts = measure_drift(self.net, [patch for _, patch in held], reference)
+            for (record, _), drift in zip(held, drifts, strict=True):
+                record.setdefault("drift", {})[reference.name.split("@")[0]] = asdict(drift)
+
+
+def _size(reference: Reference) -> int:
+    return sum(map(len, reference.texts))
+
+
+def side_data(found: SideEffects) -> dict[str, Any]:
+    return {
+        "generalisation": {kind: effect_data(one) for kind, one in found.generalisation.items()},
+        "specificity": effect_data(found.specificity) if found.specificity else None,
+    }
+
+
+def solved_before(rows: Sequence[Failure], example: Failure) -> list[Failure]:
+    """The rows with a solved example before their prompt (or their messages)."""
+    if example.messages:
+        turn = (*example.messages, {"role": "assistant", "content": example.target})
+        return [replace(row, messages=(*turn, *row.messages)) if row.messages else row for row in rows]
+    lead = example.prompt + example.target + ("" if example.target.endswith("\n") else "\n")
+    return [
+        replace(row, prompt=lead + row.prompt, paraphrases=tuple(lead + text for text in row.paraphrases))
+        for row in rows
+    ]
+
+
+def prompted_effects(net: Net, failure: Failure, pool: Sequence[Failure], cell: Cell) -> SideEffects:
+    """The side effects of the prompt yardstick: the same probes and neighbours, with the solved failure before them."""
+
+    def compare(rows: Sequence[Failure], generate: bool) -> Any:
+        before = answers(net, rows, generate)
+        after = answers(net, solved_before(rows, failure), generate)
+        return effect(before, [replace(new, tokens=old.tokens) for old, new in zip(before, after, strict=True)])
+
+    example = next((row for row in pool if row.target.strip() != failure.target.strip()), None)
+    kinds = {kind: rows for kind, rows in probes(failure, example).items() if rows}
+    near = neighbours(failure, pool, cell.measures.neighbours)
+    generalisation = {kind: compare(rows, False) for kind, rows in kinds.items()}
+    return SideEffects(generalisation, compare(near, True) if near else None, 0)

@@ -1,0 +1,216 @@
+"""The command line's options: the common ones, and one for every field of every method."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmrepair.errors import UsageError
+from lmrepair.failures import ANSWER, MAX_KL, read_protected
+from lmrepair.methods import METHODS, Method, method_named
+
+if TYPE_CHECKING:
+    from lmrepair.failures import Reference
+    from lmrepair.loop import Gate
+    from lmrepair.model import Net, Statistics
+
+Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
+PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
+Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
+ModelFolder = Annotated[str, typer.Option("--model", help="Model folder or hub name.")]
+Output = Annotated[Path, typer.Option(help="The folder to write the model to; it must not exist yet.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint (or the patch) says.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read the first N failures only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+Wrap = Annotated[str | None, typer.Option("--template", help=r"Wraps raw pairs, as in '# {prompt}\n{target}\n'.")]
+Text = Annotated[
+    Path | None, typer.Option("--reference", help="Text to measure drift on: plain, or JSON lines with text.")
+]
+Evaluated = Annotated[Path | None, typer.Option("--patch", help="Measure this patch on the model too.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--reference", metavar="KIND=FILE", help="Text to measure drift on, a kind at a time; repeatable."),
+]
+HeldOut = Annotated[
+    Path | None,
+    typer.Option("--held-out", help="Other rows of the task: overfitting, and neighbours that must stay."),
+]
+SHIPPED = "embedded"
+GridFile = Annotated[
+    str | None, typer.Option("--grid", metavar="FILE", help=f"A grid of side effects; {SHIPPED}: the one that ships.")
+]
+NoTexts = Annotated[
+    bool, typer.Option("--no-texts", help="Leave out BLEU, ROUGE-L, edit similarity (the extra bench brings them).")
+]
+
+
+def read_references(given: Sequence[str]) -> list[Reference]:
+    """The references that ``--reference KIND=FILE`` names, a file alone by its name; without any, those that ship."""
+    from lmrepair.failures import read_kinds, read_reference
+
+    found = []
+    for entry in given:
+        kind, sign, path = entry.partition("=")
+        if not sign:
+            kind, path = Path(entry).stem, entry
+        if not kind or not path:
+            raise UsageError(f"--reference {entry!r}: expected KIND=FILE, as in python=src.jsonl")
+        found.append(read_reference(path, kind))
+    return found or read_kinds()
+
+
+_GATE = "The gate: when a patch is kept"
+_MAX_KL = (
+    f"Most KL on the worst kind of reference text, nats per token; inf: no limit. (default {MAX_KL:g}; "
+    "with --alone or --preset no gate, unless one of these three is given)"
+)
+_PROTECT = (
+    "JSON lines with prompts that must come out as before: with a target, if greedy text gives it now; without, "
+    f"the first {ANSWER} tokens (or length) of the present answer."
+)
+_STATISTICS = (
+    "Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise the "
+    'change on reference text: JSON lines with "text", or plain text.'
+)
+_OWN_TEXTS = "How many texts the model writes for that (default: 64); 0: the text of --statistics alone."
+_WORDINGS = "Other wordings, solved together with the failures"
+_PARAPHRASES = "The paraphrases that the failures come with."
+_PREFIXES = "N texts that the model writes by itself, each before every prompt."
+_MEMORY = "An earlier patch whose repairs must still hold where they hold now; repeatable."
+
+
+def chosen_gate(
+    max_kl: float | None,
+    protect: Path | None,
+    memory: Sequence[Path],
+    reference: Path | None,
+    template: str | None,
+    default: bool,
+) -> Gate | None:
+    """The gate that the options ask for; without any of them, the default one or (``default`` False) none."""
+    if max_kl is None and protect is None and not memory and not default:
+        return None
+    from lmrepair.failures import read_kinds
+    from lmrepair.loop import Gate
+    from lmrepair.patch import Patch
+
+    limit = MAX_KL if max_kl is None and default else float("inf") if max_kl is None else max_kl
+    protected = tuple(read_protected(protect, template)) if protect is not None else ()
+    return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
+
+
+def chosen_statistics(net: Net, method: Method, path: Path | None, own: int | None) -> Statistics | None:
+    """Statistics of the text in a file and of the model's own; None with neither: the repair gathers the default."""
+    if path is None and own is None:
+        return None
+    flag = "--statistics" if path is not None else "--own-texts"
+    asked = method.asks()
+    if asked is None:
+        having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
+        raise UsageError(f"{flag}: method {method.name!r} reads no reference text; methods that do: {having}")
+    from lmrepair.failures import read_reference
+    from lmrepair.model import statistics_of
+
+    return statistics_of(net, asked, read_reference(path) if path else None, own=own)
+
+
+def refuse_unwritable(target: Path | None, folder: bool) -> None:
+    """Find out before the work, not after it, that the result has no place to go."""
+    if target is None:
+        return
+    if folder and target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; with --alone, --output is the folder for one patch a failure")
+    if not folder and target.is_dir():
+        raise UsageError(f"{target} is a folder; expected the patch file to write")
+    above = target.absolute() if folder else target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
+
+
+def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
+    """``repair`` with its options: the fixed ones, and one for every field of every method."""
+    fixed = {
+        "failures": Failures,
+        "model": Model,
+        "method": Annotated[str, typer.Option(help=f"The method: {', '.join(METHODS)}.")],
+        "preset": Annotated[str | None, typer.Option(help="A method's named settings; paper: as published.")],
+        "alone": Annotated[bool, typer.Option("--alone", help="Each failure from the untouched model (the papers).")],
+        "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
+        "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
+        "reference": Text,
+        "paraphrases": Annotated[bool, typer.Option("--paraphrases", help=_PARAPHRASES, rich_help_panel=_WORDINGS)],
+        "prefixes": Annotated[int, typer.Option(min=0, metavar="N", help=_PREFIXES, rich_help_panel=_WORDINGS)],
+        "statistics": Annotated[Path | None, typer.Option(metavar="FILE", help=_STATISTICS)],
+        "own_texts": Annotated[int | None, typer.Option(min=0, metavar="N", help=_OWN_TEXTS, show_default=False)],
+        "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
+        "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
+        "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],
+        "template": Wrap,
+        "limit": Limit,
+        "device": Device,
+        "dtype": Dtype,
+        "seed": Seed,
+        "trust": Trust,
+        "as_json": Json,
+    }
+    given = inspect.signature(function).parameters
+    parameters = [given[name].replace(annotation=kind) for name, kind in fixed.items()]
+    for name, kind in _settings().items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+
+    def command(**values: Any) -> None:
+        function(**values)
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def chosen_method(name: str, preset: str | None, seed: int, settings: Mapping[str, Any]) -> Method:
+    """The method that the options name; what was not given (None) is as its preset or its defaults say."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    method = method_named(name, preset, **given)
+    random: dict[str, Any] = {"seed": seed}
+    return replace(method, **random) if hasattr(method, "seed") else method
+
+
+def _settings() -> dict[str, Any]:
+    """Field → typer annotation, over all methods; the help gives each method's own default."""
+    kinds = {"int": int, "float": float, "bool": bool, "str": str}
+    defaults: dict[str, dict[str, list[str]]] = {}
+    texts: dict[str, tuple[str, str]] = {}
+    for method in METHODS.values():
+        for spec in fields(method):
+            if spec.name == "seed":  # one option for everything random
+                continue
+            choices = f": {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
+            texts.setdefault(spec.name, (str(spec.type), spec.metadata["help"] + choices))
+            defaults.setdefault(spec.name, {}).setdefault(str(spec.default), []).append(method.name)
+    found = {}
+    for name, (kind, text) in texts.items():
+        shown = f"{text[0].upper()}{text[1:]} ({_defaults(defaults[name])})."
+        option = typer.Option(help=shown, rich_help_panel="Settings of the method")
+        found[name] = Annotated[kinds[kind] | None, option]
+    return found
+
+
+def _defaults(values: Mapping[str, Sequence[str]]) -> str:
+    """Default → methods that have it, as text; what most of all methods have stands without their names."""
+    most = max(values, key=lambda value: len(values[value]))
+    if sum(map(len, values.values())) == len(METHODS) and len(values[most]) > len(METHODS) / 2:
+        others = [f"{', '.join(names)} {value}" for value, names in values.items() if value != most]
+        return "; ".join([f"default {most}", *others])
+    return "; ".join(f"{', '.join(names)} {value}" for value, names in values.items())

@@ -1,0 +1,19 @@
+"""List a model's mistakes, and what they are due to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.diagnosis.attribution import attributions as attributions, skipped_losses as skipped_losses
+    from lmrepair.diagnosis.mistakes import (
+        Diagnosis as Diagnosis,
+        Mistake as Mistake,
+        check as check,
+        diagnose as diagnose,
+        diagnoses as diagnoses,
+    )
+
+__getattr__, __dir__ = door(__name__)

@@ -1,0 +1,36 @@
+"""Read failures: rows, templates, tokens with the true boundary, other wordings, and the text that must stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.failures.files import (
+        read_lines as read_lines,
+        shipped as shipped,
+        write_atomically as write_atomically,
+    )
+    from lmrepair.failures.protected import (
+        ANSWER as ANSWER,
+        MAX_KL as MAX_KL,
+        Protected as Protected,
+        read_protected as read_protected,
+    )
+    from lmrepair.failures.reference import (
+        Reference as Reference,
+        named as named,
+        read_kinds as read_kinds,
+        read_reference as read_reference,
+    )
+    from lmrepair.failures.rows import (
+        Failure as Failure,
+        Template as Template,
+        contradictions as contradictions,
+        read_failures as read_failures,
+    )
+    from lmrepair.failures.tokens import Tokens as Tokens, prompt_ids as prompt_ids, tokenize as tokenize
+    from lmrepair.failures.wordings import Wordings as Wordings
+
+__getattr__, __dir__ = door(__name__)

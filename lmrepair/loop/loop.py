@@ -1,0 +1,284 @@
+"""The loop: diagnose → locate → solve → apply → check → gate → keep or undo. The file to read first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from statistics import median
+
+import torch
+
+from lmrepair.diagnosis import Diagnosis, check, diagnoses
+from lmrepair.errors import FailuresError
+from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, read_reference
+from lmrepair.loop.gate import Gate
+from lmrepair.loop.judge import Guard, Scaled
+from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded
+from lmrepair.loop.search import Gated, Search, Solved, best_of, gated, why
+from lmrepair.loop.solver import Known, Solver, first_reading, say_memory
+from lmrepair.measure import measure_drift
+from lmrepair.methods import Method, MinKl
+from lmrepair.model import Batch, Change, Net, Progress as Progress, Statistics, Trial, fingerprint, quiet, settled
+from lmrepair.patch import Item, Made, Patch
+
+MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
+SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
+FORWARDS_TIMED = 5
+
+
+def repair(
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method | None = None,
+    reference: Reference | None = None,
+    progress: Progress = quiet,
+    statistics: Statistics | None = None,
+    gate: Gate | None = None,
+    wordings: Wordings | None = None,
+) -> Repair:
+    """Repair all failures together in one patch, and leave the net with that patch applied.
+
+    Whatever happens in between (an error, Ctrl-C), the net is either patched as the result says or as it
+    was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
+    with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
+    A method that needs ``statistics`` of reference text has them gathered from text the model writes by
+    itself, once for each model, unless they are given.
+
+    ``wordings``: other prompts that are solved together with the failures, so that the repair carries over;
+    whether they come out right in the end is not part of the result.
+
+    With a ``gate`` the patch is kept only if it passes; it is shrunk until it does, or made again without
+    the failures that cost most. Without one, any patch that repairs something is kept.
+
+    Raises FailuresError for failures that contradict each other, what the gate protects, or do not fit the
+    model; WrongModelError for a gate's memory of another model.
+    Source of the method's maths: arXiv 2503.12899.
+    """
+    for first, second in contradictions(failures):
+        raise FailuresError(
+            f"failures {first.id!r} and {second.id!r} want different targets for one prompt "
+            f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
+        )
+    method = method or MinKl()
+    known = Known.of(net, method, statistics, progress)
+    guard = Guard.of(net, gate, reference, net.tokenize(failures)) if gate is not None else None
+    attempt = _kept(net, failures, method, known, guard, progress, wordings)
+    if not attempt.repaired or not attempt.changes:
+        return attempt.result(None)
+    reference = reference or read_reference()
+    patch = attempt.patch(net)
+    (drift,) = measure_drift(net, [patch], reference, lambda done, total: progress("drift", done, total))
+    patch = recorded(patch, drift, reference)
+    patch.apply(net)
+    return replace(attempt.result(patch), drift=drift)
+
+
+def repair_each(
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method | None = None,
+    progress: Progress = quiet,
+    statistics: Statistics | None = None,
+    gate: Gate | None = None,
+    wordings: Wordings | None = None,
+) -> Iterator[Repair]:
+    """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
+
+    Yields a Repair per failure, in order, without drift; its patch is the attempt's, whether or not it
+    repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
+    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does.
+    """
+    method = method or MinKl()
+    known = Known.of(net, method, statistics, progress)
+    guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
+    for failure in failures:
+        attempt = _kept(net, [failure], method, known, guard, progress, wordings)
+        yield attempt.result(attempt.patch(net) if attempt.changes else None)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A repair that was tried, checked and undone again: everything a patch needs."""
+
+    method: Method
+    outcomes: tuple[Outcome, ...]
+    changes: Mapping[int, Change]
+    cost: Cost
+    gate: Gated | None = None
+    wordings: Wordings | None = None
+
+    @property
+    def repaired(self) -> bool:
+        return any(outcome.failing and outcome.repaired for outcome in self.outcomes)
+
+    def result(self, patch: Patch | None) -> Repair:
+        return Repair(self.method, self.outcomes, patch, None, self.cost, self.gate)
+
+    def patch(self, net: Net) -> Patch:
+        items = tuple(
+            Item(
+                outcome.tokens,
+                outcome.failure.prompt or str([dict(message) for message in outcome.failure.messages]),
+                outcome.failure.target,
+                outcome.repaired,
+                tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.before),
+                tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.after),
+                outcome.reason,
+            )
+            for outcome in self.outcomes
+        )
+        versions = {name: version(name) for name in ("lmrepair", "torch", "transformers")}
+        gate = self.gate.data() if self.gate is not None else {}
+        settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
+        made = Made(net.name, self.method.name, settings, {}, versions, gate)
+        changed = {layer: change.columns for layer, change in self.changes.items()}
+        return Patch(dict(self.changes), items, made, fingerprint(net, changed))
+
+
+def _kept(
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method,
+    known: Known,
+    guard: Guard | None,
+    progress: Progress,
+    wordings: Wordings | None,
+) -> _Attempt:
+    """The attempt that passes the gate, at the scale and with the failures that it passes with."""
+    if guard is None:
+        return _attempt(net, failures, method, known, progress, wordings)
+    attempts: list[_Attempt] = []
+
+    def solve(chosen: Sequence[int], kept: Sequence[Tokens]) -> Solved:
+        attempt = _attempt(net, [failures[index] for index in chosen], method, known, progress, wordings, kept)
+        attempts.append(attempt)
+        found = list(zip(chosen, attempt.outcomes, strict=True))
+        fixed = tuple(index for index, outcome in found if outcome.failing and outcome.repaired)
+        return Solved(attempt.changes, fixed, tuple(index for index, outcome in found if not outcome.failing))
+
+    began = time.perf_counter()
+    tokens = net.tokenize(failures)
+    runs = Search(guard, tokens, solve, lambda number: progress("gate", number - 1, number)).run()
+    first, best = attempts[0], best_of(runs)
+    record = gated(guard, runs, best)
+    changes = Scaled(best.solved.changes, record.scale).made(net) if best is not None else {}
+    outcomes = first.outcomes
+    if runs[0].judged is not None and not (best is runs[0] and record.scale == 1):
+        with Scaled(changes, 1.0).on(net):
+            after, greedy = check(net, tokens)
+        outcomes = _gated_outcomes(first.outcomes, after, greedy, method, why(runs, best))
+    lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
+    spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
+    cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
+    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings)
+
+
+def _gated_outcomes(
+    first: Sequence[Outcome], after: Sequence[Diagnosis], greedy: Sequence[bool], method: Method, refusal: str
+) -> tuple[Outcome, ...]:
+    """What became of the failures with exactly the patch that is kept; without one, with the net as it was."""
+    found = []
+    for old, now, same in zip(first, after, greedy, strict=True):
+        reason = _reason(now, same, method, old.failing)
+        found.append(
+            replace(old, after=now.mistakes, reason=refusal if reason and old.failing and old.repaired else reason)
+        )
+    return tuple(found)
+
+
+def _attempt(
+    net: Net,
+    failures: Sequence[Failure],
+    method: Method,
+    known: Known,
+    progress: Progress,
+    wordings: Wordings | None,
+    kept: Sequence[Tokens] = (),
+) -> _Attempt:
+    """Diagnose, locate, solve, apply and check; the weights are as they were afterwards.
+
+    ``kept`` holds now and takes part in the solve, so that the method repairs it where it breaks.
+    """
+    tokens = net.tokenize(failures)
+    with settled(net.model):
+        began = time.perf_counter()
+        batches = net.batches(tokens)
+        lone = len(tokens) == 1 and not kept and not wordings
+        first = first_reading(net, method, batches, progress) if lone else None
+        preference = first.preference if first else net.prefer(batches)
+        before = diagnoses(batches, preference)
+        if not any(item.mistakes for item in before):
+            return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
+        sites = method.sites(net, batches, preference)
+        with Trial(net, sites) as trial:
+            solver = Solver(net, method, known, sites, trial, progress)
+            others = wordings.of(failures, net.tokenize) if wordings else []
+            rows = [*tokens, *others, *kept]
+            worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
+            if first is None:
+                say_memory(net, method, rows, sites, progress)
+            solver.solve(rows, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
+            seconds = time.perf_counter() - began
+            after, greedy = check(net, tokens)
+            check_seconds = time.perf_counter() - began - seconds
+            # In other company, or token by token, rounding can turn a near tie round.
+            for _ in range(MARGIN_ROUNDS):
+                if not solver.converged or all(greedy):
+                    break
+                solver.method = replace(solver.method, margin=solver.method.margin + SPARE_MARGIN)
+                began = time.perf_counter() - seconds
+                everything = net.batches(rows)
+                solver.solve(rows, diagnoses(everything, net.prefer(everything), solver.method.margin))
+                seconds = time.perf_counter() - began
+                after, greedy = check(net, tokens)
+            changes = trial.changes(solver.deltas)
+        outcomes = tuple(
+            Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
+            for failure, b, a, same in zip(failures, before, after, greedy, strict=True)
+        )
+        equivalents = seconds / forward_seconds(net, batches)
+        cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
+        return _Attempt(method, outcomes, changes, cost, wordings=wordings)
+
+
+def _nothing_to_do(
+    net: Net, failures: Sequence[Failure], method: Method, found: list[Diagnosis], batches: list[Batch], seconds: float
+) -> _Attempt:
+    outcomes = tuple(Outcome(failure, item.tokens, (), ()) for failure, item in zip(failures, found, strict=True))
+    return _Attempt(method, outcomes, {}, Cost(seconds, seconds / forward_seconds(net, batches), 0.0, 0))
+
+
+def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str:
+    if after.mistakes:
+        count, total = len(after.mistakes), len(after.tokens.target)
+        if not failed:
+            return (
+                f"right before, but {count} of {total} positions are mistaken with the patch; "
+                "leave it out, or repair the failures --alone"
+            )
+        spent = f"after {method.epochs} epochs" + (" for each, which were undone" if method.undoes else "")
+        return f"{count} of {total} positions are still mistaken {spent}; {method.advice}"
+    return "" if greedy else "preferred at every position, but greedy decoding gives another text; try a larger margin"
+
+
+def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
+    """The time of one plain forward pass over the batches, median of five."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(FORWARDS_TIMED):
+            began = time.perf_counter()
+            for batch in batches:
+                net.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            if net.device.type == "cuda":
+                torch.cuda.synchronize(net.device)
+            times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def _sum_of(attempts: Sequence[_Attempt]) -> Cost:
+    costs = [attempt.cost for attempt in attempts]
+    names = ("seconds", "forward_equivalents", "check_seconds", "steps")
+    total = {name: sum(getattr(cost, name) for cost in costs) for name in names}
+    return replace(costs[0], **total)

@@ -1,0 +1,201 @@
+"""A method's steps on a trial: what is made once for a net, the modes, and the best state so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmrepair.diagnosis import Diagnosis, diagnoses
+from lmrepair.errors import UsageError
+from lmrepair.failures import Tokens, Wordings
+from lmrepair.methods import Method, Problem
+from lmrepair.methods.maths import Bases
+from lmrepair.model import (
+    Batch,
+    Metric,
+    Net,
+    Preference,
+    Progress,
+    Reading,
+    Sites,
+    Statistics,
+    Trial,
+    settled,
+    statistics_of,
+)
+
+WORTH_SAYING = 1 << 28  # bytes of memory
+PREFIX = 12  # tokens of a text that is put before a prompt
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is made once for a net and a method: semantic bases, and the metric if the method asks for one."""
+
+    bases: Bases
+    metric: Metric | None
+    seconds: float
+
+    @staticmethod
+    def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> Known:
+        bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
+        asked, began = method.asks(), time.perf_counter()
+        if asked is None:
+            return Known(bases, None, 0.0)
+        if statistics is None:
+            statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
+        return Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
+
+
+def drawn_wordings(net: Net, paraphrases: bool, prefixes: int, seed: int = 0) -> Wordings:
+    """Wordings with ``prefixes`` texts that the model writes by itself (after MEMIT, arXiv 2210.07229)."""
+    if prefixes < 0:
+        raise UsageError(f"prefixes is {prefixes}; expected a number of texts, 0 or more")
+    if not prefixes:
+        return Wordings(paraphrases)
+    with settled(net.model):
+        written = net.sample(prefixes, PREFIX, seed)
+    texts = (str(net.tokenizer.decode(list(item.target), skip_special_tokens=True)) for item in written)
+    return Wordings(paraphrases, tuple(text.rstrip() + "\n" for text in texts))
+
+
+class Solver:
+    """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
+
+    def __init__(self, net: Net, method: Method, known: Known, sites: Sites, trial: Trial, progress: Progress) -> None:
+        self.net, self.method, self.known, self.sites = net, method, known, sites
+        self.trial, self.progress = trial, progress
+        # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
+        self.deltas: Mapping[int, Tensor] = {
+            layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
+            for layer, columns in sites.columns.items()
+        }
+        self.steps = 0
+        self.converged = False  # whether the last problem ended because nothing was left to do
+
+    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
+        """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``."""
+        if _one_problem(self.method, len(tokens)):
+            self._run(self.net.batches(tokens), first=first)
+            return
+        work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
+        batches = self.net.batches(tokens)
+        best, kept = -1, self.deltas
+        for _ in range(self.method.rounds if self.method.early else 1):
+            start = self.deltas
+            for number, item in enumerate(found):
+                self.progress("failures", number, len(found))
+                if item.mistakes:
+                    work(item.tokens)
+            found = diagnoses(batches, self.net.prefer(batches), self.method.margin)
+            right = sum(not item.mistakes for item in found)
+            if right > best:
+                best, kept = right, self.deltas
+            self.converged = self.method.early and right == len(found)
+            if self.converged:
+                return
+            if self.deltas is start:  # another round would do the same again
+                break
+        self.deltas = kept
+        self.trial.write(kept)
+
+    def _one(self, tokens: Tokens) -> None:
+        self._run(self.net.batches([tokens]))
+
+    def _iterate(self, tokens: Tokens) -> None:
+        """One mistake after another, in the order of the target."""
+        batches = self.net.batches([tokens])
+        position, memory = 0, None
+        while position < len(tokens.target):
+            (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
+            ahead = [mistake.position for mistake in found.mistakes if mistake.position >= position]
+            if not ahead:
+                return
+            focus = torch.zeros(len(tokens.target), dtype=torch.bool, device=self.net.device)
+            focus[ahead[0]] = True
+            memory = self._run(batches, focus, memory)
+            position = ahead[0] + 1
+
+    def _run(
+        self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None, first: Reading | None = None
+    ) -> Any:
+        """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays.
+
+        ``earlier`` is what the method remembers of the problem before; what it remembers now is returned.
+        """
+        method = self.method
+        margin = _margin(method)
+        rows = sum(len(batch.rows) for batch in batches)
+        everywhere = torch.ones(rows, dtype=torch.bool, device=self.net.device)
+        several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
+        start = self.deltas
+        best, kept, memory = -1, start, earlier
+        for step in range(method.epochs):
+            self.progress("steps", step, method.epochs)
+            if first is None:
+                reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
+            else:
+                reading, first = first, None
+            if several:
+                right = _right(batches, reading.preference)
+                if right > best:
+                    best, kept = right, self.deltas
+            self.converged = reading.done
+            if self.converged:
+                return memory
+            problem = Problem(
+                self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
+                self.deltas, self.known.bases, step, memory, self.known.metric,
+            )  # fmt: skip
+            answer = method.solve(problem)
+            self.deltas, memory = answer.deltas, answer.memory
+            self.trial.write(self.deltas)
+            self.steps += 1
+        if not several and not method.undoes:
+            return memory
+        now = self.net.prefer(batches)
+        if method.undoes:
+            kept, worse = start, not now.holds(focus, method.margin)
+        else:
+            worse = _right(batches, now) < best
+        if worse:
+            self.deltas = kept
+            self.trial.write(kept)
+        return earlier if worse and method.undoes else memory
+
+
+def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:
+    """Report how much a solve may keep at most, where that is much, before it starts."""
+    needed = method.memory(net, tokens, sites)
+    if needed >= WORTH_SAYING:
+        progress(f"gradients: at most {needed / 1e9:.1f} GB", 0, 1)
+
+
+def first_reading(net: Net, method: Method, batches: Sequence[Batch], progress: Progress) -> Reading | None:
+    """The reading that a method's first step on one failure is solved from, with what is preferred before the repair.
+
+    None where the method has to know the mistakes first, or looks at them one by one.
+    """
+    sites = method.fixed_sites(net) if _one_problem(method, 1) else None
+    if sites is None:
+        return None
+    say_memory(net, method, batches[0].tokens, sites, progress)
+    return method.read(net, batches, sites, None, _margin(method))
+
+
+def _one_problem(method: Method, failures: int) -> bool:
+    return method.mode == "multi-failure" or failures == 1 and method.mode == "batch"
+
+
+def _margin(method: Method) -> float | None:
+    return method.margin if method.early else None
+
+
+def _right(batches: Sequence[Batch], preference: Preference) -> int:
+    """How many failures are preferred at every position."""
+    return sum(not item.mistakes for item in diagnoses(batches, preference))

@@ -1,0 +1,65 @@
+"""Check a saved patch on a fresh model: does it still repair what it says, and what does it change?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lmrepair.diagnosis import Diagnosis, diagnose
+from lmrepair.errors import PatchError
+from lmrepair.failures import Reference
+from lmrepair.measure.drift import Drift, measure_drift
+from lmrepair.model import Net, settled
+from lmrepair.patch import Patch
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``verified``: every failure the patch calls repaired is, under teacher forcing and written freely.
+
+    ``diagnoses``: the patched net's, in the patch's order; ``written``: whether greedy decoding gives
+    the target. ``restored``: whether taking the patch back gave every changed neuron its bits again.
+    """
+
+    verified: bool
+    diagnoses: tuple[Diagnosis, ...]
+    written: tuple[bool, ...]
+    drift: Drift
+    restored: bool
+
+    @property
+    def repaired(self) -> int:
+        return sum(not item.mistakes and same for item, same in zip(self.diagnoses, self.written, strict=True))
+
+
+def verify(net: Net, patch: Patch, reference: Reference) -> Verification:
+    """Verify a patch on the net it was made for, patched already or not; the net is left as it was given.
+
+    Raises WrongModelError for a net the patch was not made for.
+    """
+    was_applied = patch.is_applied(net)
+    if not was_applied:
+        patch.apply(net)
+    try:
+        found = diagnose(net, [item.tokens for item in patch.items])
+        with settled(net.model):
+            texts = net.generate([item.tokens for item in found])
+    finally:
+        patch.revert(net)
+    restored = all(
+        torch.equal(net.columns(layer)[change.columns.to(net.device)].cpu(), change.originals)
+        for layer, change in patch.changes.items()
+    )
+    (drift,) = measure_drift(net, [patch], reference)
+    if was_applied:
+        patch.apply(net)
+    written = tuple(text == item.tokens.target for text, item in zip(texts, found, strict=True))
+    holds = all(
+        not item.mistakes and same
+        for claim, item, same in zip(patch.items, found, written, strict=True)
+        if claim.repaired
+    )
+    if not any(claim.repaired for claim in patch.items):
+        raise PatchError("the patch repairs nothing by its own record; there is nothing to verify")
+    return Verification(holds and restored, tuple(found), written, drift, restored)

@@ -1,0 +1,23 @@
+"""The maths that methods share: bases, closed forms, margins, the dual system, Adam."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.methods.maths.basis import Bases as Bases, by_spread as by_spread
+    from lmrepair.methods.maths.closed_form import (
+        Apply as Apply,
+        Constraints as Constraints,
+        inverse_metric as inverse_metric,
+        null_space as null_space,
+    )
+    from lmrepair.methods.maths.direct_path import Slopes as Slopes, read_slopes as read_slopes, scaled as scaled
+    from lmrepair.methods.maths.dual import gram as gram, kernel as kernel, weights_for as weights_for
+    from lmrepair.methods.maths.margins import Factors as Factors, Margins as Margins, read_margins as read_margins
+    from lmrepair.methods.maths.optimiser import Moments as Moments, adam as adam
+    from lmrepair.methods.maths.tail import Tail as Tail
+
+__getattr__, __dir__ = door(__name__)

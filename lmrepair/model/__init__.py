@@ -1,0 +1,34 @@
+"""Where the model is made: its anatomy, the net that reads it, its fingerprint, edits of it, its statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.model.anatomy import weight as weight
+    from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
+    from lmrepair.model.digests import Fingerprint as Fingerprint, fingerprint as fingerprint
+    from lmrepair.model.edit import (
+        Change as Change,
+        Projections as Projections,
+        Trial as Trial,
+        put as put,
+        same_bits as same_bits,
+        take as take,
+        uninterrupted as uninterrupted,
+    )
+    from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly
+    from lmrepair.model.moments import (
+        Asked as Asked,
+        Inverse as Inverse,
+        Metric as Metric,
+        Moment as Moment,
+        Statistics as Statistics,
+    )
+    from lmrepair.model.net import DTYPES as DTYPES, TOKENS_AT_ONCE as TOKENS_AT_ONCE, Net as Net, settled as settled
+    from lmrepair.model.progress import Progress as Progress, quiet as quiet
+    from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows
+
+__getattr__, __dir__ = door(__name__)

@@ -1,0 +1,139 @@
+"""Writing neurons, for a while or for good: every edit of a weight goes through here."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+import torch
+from torch import Tensor
+
+from lmrepair.model.batches import Sites
+from lmrepair.model.net import Net
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer's part: neuron indices [k] (int64, sorted), deltas [k, d] (float32), originals [k, d]."""
+
+    columns: Tensor
+    deltas: Tensor
+    originals: Tensor
+
+    def patched(self) -> Tensor:
+        """The neurons as the patch leaves them: summed in float32, rounded once to the model's dtype."""
+        return (self.originals.float() + self.deltas).to(self.originals.dtype)
+
+
+class Trial:
+    """Neurons under edit: ``with Trial(net, sites) as trial`` puts their original bits back unless kept.
+
+    Deltas are always the whole change since the start, [k, d] float32; the weights are set to
+    cast(original + delta), so that steps too small for the weights' dtype add up.
+    """
+
+    def __init__(self, net: Net, sites: Sites) -> None:
+        self.net, self.sites = net, sites
+        self.originals = {layer: take(net, layer, columns) for layer, columns in sites.columns.items()}
+        self._kept = False
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def write(self, deltas: Mapping[int, Tensor]) -> None:
+        """Set the neurons to original + delta, layer → [k, d]; layers not named keep what they have."""
+        for layer, delta in deltas.items():
+            original = self.originals[layer]
+            put(self.net, layer, self.sites.columns[layer], (original.float() + delta).to(original.dtype))
+
+    def keep(self) -> None:
+        """Leave the weights as they are now when the block ends without an error."""
+        self._kept = True
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if self._kept and kind is None:
+            return
+        with uninterrupted():
+            for layer, original in self.originals.items():
+                put(self.net, layer, self.sites.columns[layer], original)
+
+    def changes(self, deltas: Mapping[int, Tensor]) -> dict[int, Change]:
+        """The neurons that the deltas really change, layer by layer, on the CPU."""
+        found = {}
+        for layer, delta in sorted(deltas.items()):
+            original = self.originals[layer]
+            moved = ~_equal_bits((original.float() + delta).to(original.dtype), original).all(dim=1)
+            if bool(moved.any()):
+                columns = self.sites.columns[layer].to(moved.device)[moved]
+                parts = (columns, delta[moved].float(), original[moved])
+                found[layer] = Change(*(part.detach().cpu().contiguous() for part in parts))
+        return found
+
+
+@dataclass(frozen=True)
+class Projections:
+    """All FFN output projections as they were at some time, layer → [m, d], to be written for a while."""
+
+    values: Mapping[int, Tensor]
+
+    @staticmethod
+    def of(net: Net) -> Projections:
+        return Projections({layer: net.columns(layer).detach().clone() for layer in range(net.layers)})
+
+    @contextmanager
+    def on(self, net: Net) -> Iterator[None]:
+        with Trial(net, net.every_site()):
+            self.write(net)
+            yield
+
+    def write(self, net: Net) -> None:
+        sites = net.every_site()
+        for layer, values in self.values.items():
+            put(net, layer, sites.columns[layer], values)
+
+
+def take(net: Net, layer: int, columns: Tensor) -> Tensor:
+    neurons = net.columns(layer)
+    return neurons.index_select(0, columns.to(neurons.device))
+
+
+def put(net: Net, layer: int, columns: Tensor, values: Tensor) -> None:
+    neurons = net.columns(layer)
+    values = values.to(neurons.device)
+    with torch.no_grad():
+        if len(columns) == len(neurons):
+            neurons.copy_(values)
+        else:
+            neurons.index_copy_(0, columns.to(neurons.device), values)
+
+
+def _equal_bits(one: Tensor, other: Tensor) -> Tensor:
+    kind = _BITS[one.element_size()]
+    return one.contiguous().view(kind) == other.contiguous().to(one.device).view(kind)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    return one.shape == other.shape and one.dtype == other.dtype and bool(_equal_bits(one, other).all())
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done (only the main thread receives one)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending and callable(before):
+            before(*pending[0])

@@ -1,0 +1,289 @@
+"""A model with its tokenizer and anatomy: neuron-major weights, FFN coefficients, gradients, greedy text.
+
+A neuron is column j of an FFN output projection: the vector [d] it writes to the residual stream.
+Everything here is neuron-major: weights, deltas and gradients of a layer are [neurons, d]. Whether a
+projection is stored as ``Linear`` [d, m] or ``Conv1D`` [m, d] is known in this module alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from lmrepair.errors import ModelError
+from lmrepair.failures import Failure, Tokens, tokenize
+from lmrepair.model.anatomy import Anatomy, find, weight
+from lmrepair.model.batches import Batch, Preference, Reading, Sites, Watched
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
+
+
+class Net:
+    """A causal language model ready to be read and repaired.
+
+    Holds no state of its own beside what it was made from; ``name`` is how results refer to it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        """Place the parts of the model. Raises ModelError for a model that cannot be placed or edited."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+        with settled(model):
+            self.anatomy: Anatomy = find(model)
+
+    @property
+    def layers(self) -> int:
+        return len(self.anatomy.projections)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.anatomy.widths
+
+    @property
+    def hidden(self) -> int:
+        return self.anatomy.hidden
+
+    @property
+    def device(self) -> torch.device:
+        return weight(self.anatomy.head).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return weight(self.anatomy.projections[0]).dtype
+
+    def columns(self, layer: int) -> Tensor:
+        """The neurons of a layer, [m, d]: a view, so that writing to it writes to the model."""
+        projection = self.anatomy.projections[layer]
+        stored = weight(projection)
+        return stored if isinstance(projection, Conv1D) else stored.T
+
+    def every_site(self) -> Sites:
+        return Sites({layer: torch.arange(width) for layer, width in enumerate(self.widths)})
+
+    def tokenize(self, failures: Sequence[Failure]) -> list[Tokens]:
+        """Token ids of the failures, checked against the model's context and vocabulary."""
+        found = [tokenize(failure, self.tokenizer, self.anatomy.context) for failure in failures]
+        for tokens in found:
+            if max(tokens.ids) >= self.anatomy.vocabulary:
+                raise ModelError(
+                    f"token {max(tokens.ids)} of failure {tokens.id!r} is outside the head's vocabulary of "
+                    f"{self.anatomy.vocabulary}; the tokenizer does not belong to this model"
+                )
+        return found
+
+    def batches(self, tokens: Sequence[Tokens], at_once: int = TOKENS_AT_ONCE) -> list[Batch]:
+        """The failures in order, in as few batches as keep each below ``at_once`` padded tokens."""
+        groups: list[list[Tokens]] = []
+        longest = 0
+        for item in tokens:
+            longest = max(longest, len(item.ids))
+            if not groups or longest * (len(groups[-1]) + 1) > at_once:
+                groups.append([])
+                longest = len(item.ids)
+            groups[-1].append(item)
+        return [self._batch(group) for group in groups]
+
+    def _batch(self, tokens: Sequence[Tokens]) -> Batch:
+        width = max(len(item.ids) for item in tokens)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(tokens), width), pad)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        wanted: list[int] = []
+        owner: list[int] = []
+        for index, item in enumerate(tokens):
+            ids[index, : len(item.ids)] = torch.tensor(item.ids)
+            mask[index, : len(item.ids)] = 1
+            first = index * width + len(item.prompt) - 1
+            rows += range(first, first + len(item.target))
+            wanted += item.target
+            owner += [index] * len(item.target)
+        tensors = (ids, mask, torch.tensor(rows), torch.tensor(wanted), torch.tensor(owner))
+        return Batch(tuple(tokens), *(tensor.to(self.device) for tensor in tensors))
+
+    def logits(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Logits [n, V] at flat positions of a batch (default: where its target tokens are predicted).
+
+        The head is run on those positions alone; gradients are recorded if the caller enabled them.
+        """
+        logits, _ = self.logits_and_states(batch, rows)
+        return logits
+
+    def logits_and_states(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph."""
+        chosen = batch.rows if rows is None else rows
+        states: list[Tensor] = []
+
+        def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.append(given[0].reshape(-1, given[0].shape[-1])[chosen][None])
+            return (states[0], *given[1:])
+
+        handle = self.anatomy.head.register_forward_pre_hook(choose)
+        try:
+            output = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        finally:
+            handle.remove()
+        logits: Tensor = output.logits[0]
+        return logits, states[0]
+
+    def prefer(self, batches: Sequence[Batch]) -> Preference:
+        """What the model prefers at every target position of the batches: one forward pass each."""
+        with torch.inference_mode():
+            return Preference.join([Preference.of(self.logits(batch), batch.wanted) for batch in batches])
+
+    def read(
+        self,
+        batches: Sequence[Batch],
+        sites: Sites,
+        focus: Tensor | None = None,
+        margin: float | None = None,
+    ) -> Reading:
+        """One forward and one backward pass over each batch, kept at the chosen neurons.
+
+        ``focus`` [N] (bool) narrows the cross-entropy to some positions. With a ``margin``, the last
+        backward pass is left out if every position in focus is preferred by more: nothing is left to do.
+        """
+        sizes = [len(batch.rows) for batch in batches]
+        parts = [None] * len(batches) if focus is None else list(focus.split(sizes))
+        total = sum(sizes) if focus is None else int(focus.sum())
+        preferences: list[Preference] = []
+        coefficients: dict[int, list[Tensor]] = {layer: [] for layer in sites.layers}
+        gradients: dict[int, Tensor] = {}
+        for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            with torch.enable_grad(), self.watch(sites.layers) as watched:
+                logits = self.logits(batch)
+                with torch.no_grad():
+                    preferences.append(Preference.of(logits, batch.wanted))
+                if margin is not None and number + 1 == len(batches):
+                    joint = Preference.join(preferences)
+                    if joint.holds(focus, margin):
+                        return Reading(joint, True)
+                losses = F.cross_entropy(logits.float(), batch.wanted, reduction="none")
+                loss = (losses if part is None else losses[part]).sum() / total
+                made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in sites.layers])
+            for layer, gradient in zip(sites.layers, made, strict=True):
+                z = self._chosen(watched.inputs[layer], sites, layer)
+                coefficients[layer].append(z[batch.rows])
+                dense = z.T @ gradient.reshape(-1, self.hidden).float()
+                gradients[layer] = gradients[layer].add_(dense) if layer in gradients else dense
+        joined = {layer: torch.cat(rows) for layer, rows in coefficients.items()}
+        return Reading(Preference.join(preferences), False, joined, gradients)
+
+    def _chosen(self, z: Tensor, sites: Sites, layer: int) -> Tensor:
+        """The coefficients [B·T, k] of the chosen neurons, in float32."""
+        flat = z.detach().reshape(-1, z.shape[-1])
+        columns = sites.columns[layer]
+        return (flat if len(columns) == flat.shape[-1] else flat[:, columns.to(flat.device)]).float()
+
+    @contextmanager
+    def watch(self, layers: Sequence[int]) -> Iterator[Watched]:
+        """Keep inputs and outputs of the layers' FFN output projections during forward passes.
+
+        The graph starts at the lowest of these outputs: below it, no gradient is recorded.
+        """
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+
+        def ran(layer: int, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs[layer] = given[0]
+            if torch.is_grad_enabled() and not output.requires_grad:
+                outputs[layer] = output.detach().requires_grad_()
+                return outputs[layer].clone()  # a leaf must not be changed in place by the residual add
+            outputs[layer] = output
+            return output
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                projection = self.anatomy.projections[layer]
+                handle = projection.register_forward_hook(lambda _, given, out, layer=layer: ran(layer, given, out))
+                hooks.callback(handle.remove)
+            yield Watched(inputs, outputs)
+
+    def generate(self, tokens: Sequence[Tokens]) -> list[tuple[int, ...]]:
+        """Free-running greedy completions, each as long as its target unless the model ends it before.
+
+        Prompts of equal length run together, so that nothing is padded. Penalties and sampling that the
+        model's own generation config may ask for are left out: this is plain greedy decoding.
+        """
+        made: dict[int, tuple[int, ...]] = {}
+        groups: dict[int, list[int]] = {}
+        for index, item in enumerate(tokens):
+            groups.setdefault(len(item.prompt), []).append(index)
+        for group in groups.values():
+            prompts = torch.tensor([tokens[index].prompt for index in group], device=self.device)
+            longest = max(len(tokens[index].target) for index in group)
+            with torch.inference_mode(), _decoding(self.model, self.tokenizer, longest):
+                output = self.model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+            for index, row in zip(group, output[:, prompts.shape[1] :].tolist(), strict=True):
+                made[index] = tuple(row[: len(tokens[index].target)])
+        return [made[index] for index in range(len(tokens))]
+
+    def sample(self, count: int, length: int, seed: int = 0) -> list[Tokens]:
+        """Texts of ``length`` tokens that the model writes by itself, sampled from its own distribution.
+
+        They start from the token that texts of this model start with, and do not stop at ends of text. Raises
+        ModelError for a model whose logits are no finite numbers.
+        """
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
+        first = next(token for token in special if token is not None)
+        starts = torch.full((count, 1), first, device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.inference_mode(),
+            torch.random.fork_rng(devices),
+            _decoding(self.model, self.tokenizer, length, True),
+        ):
+            refuse_infinite(self.logits(self._batch([Tokens("start", (first,), (first,))])))
+            torch.manual_seed(seed)
+            output = self.model.generate(input_ids=starts, attention_mask=torch.ones_like(starts))
+        return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
+
+
+def refuse_infinite(logits: Tensor) -> None:
+    """Raise ModelError for logits that nothing can be sampled from."""
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the model's logits are no finite numbers; load it in float32 or bfloat16")
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients on parameters, both put back as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, needed in wanted:
+            parameter.requires_grad_(needed)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _decoding(model: Any, tokenizer: Any, length: int, sampled: bool = False) -> Iterator[None]:
+    """Plain greedy decoding, or plain sampling of exactly ``length`` tokens, whatever the model's own settings."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=sampled,
+        max_new_tokens=length,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        eos_token_id=kept.eos_token_id if kept is not None and not sampled else None,
+        bos_token_id=tokenizer.bos_token_id,
+        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = kept

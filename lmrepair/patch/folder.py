@@ -1,0 +1,78 @@
+"""Model folders out: whole or not at all, and checked against what is in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lmrepair.errors import ModelError, UsageError
+from lmrepair.model import Net, quietly
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise UsageError for an output folder that would overwrite something or cannot be made."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UsageError(f"{output} exists already; expected a folder that is not there yet, so that nothing is lost")
+    above = output.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{output} cannot be written: {above} is no folder to write in")
+
+
+def save_model(net: Net, output: Path) -> None:
+    """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete.
+
+    Raises ModelError if the saved FFN output projections are not, bit for bit, the net's.
+    """
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
+    try:
+        with quietly():
+            net.model.save_pretrained(temporary)
+            net.tokenizer.save_pretrained(temporary)
+        _check(net, temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+                _flush(file)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+        _flush(output.absolute().parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check(net: Net, folder: Path) -> None:
+    """Read the FFN output projections back. Their names on disk may have lost or gained a prefix."""
+    wanted = dict(zip((f"{name}.weight" for name in net.anatomy.names), net.anatomy.projections, strict=True))
+    left = set(wanted)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as saved:
+            for key in saved.keys():  # noqa: SIM118 (no mapping)
+                match = [name for name in left if name == key or name.endswith("." + key) or key.endswith("." + name)]
+                for name in match:
+                    inside = wanted[name].weight.detach().cpu()  # type: ignore[operator]
+                    if not torch.equal(saved.get_tensor(key), inside):
+                        raise ModelError(f"{key} was not saved as it is in memory; nothing was written")
+                    left.discard(name)
+    if left:
+        raise ModelError(f"{sorted(left)[0]} is missing from the saved model; nothing was written")

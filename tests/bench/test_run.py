@@ -1,0 +1,356 @@
+"""The bench: its grid is checked, done cells are skipped, and nothing that fails or is killed stops the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import works
+from command import Run
+
+from lmrepair.bench.cell import solved_before
+from lmrepair.bench.grid_file import BenchGrid, Job, read_grid
+from lmrepair.bench.run import Planned, Summary, bench, plan
+from lmrepair.errors import UsageError
+from lmrepair.failures.rows import Failure
+from lmrepair.measure.texts import corpus_bleu, text_scores
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = """
+[measure]
+heldout = 2
+neighbours = 2
+every = 1
+[[models]]
+name = "embedded"
+[[data]]
+name = "habits"
+file = "embedded"
+[[drift]]
+kind = "python"
+tokens = 64
+[[methods]]
+name = "star"
+[[methods]]
+name = "sgd"
+preset = "paper"
+[[methods]]
+name = "prompt"
+[[studies]]
+kind = "alone"
+failing = 2
+"""
+
+
+def made(folder: Path, text: str = GRID) -> Path:
+    path = folder / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def planned(folder: Path, text: str = GRID) -> tuple[BenchGrid, list[Planned]]:
+    grid = read_grid(made(folder, text))
+    return grid, plan(grid, folder / "out", folder, folder, threads=1)
+
+
+def run(folder: Path, work: Any, text: str = GRID, jobs: int = 1) -> tuple[Summary, list[str]]:
+    grid, cells = planned(folder, text)
+    lines: list[str] = []
+    return bench(grid, cells, jobs, "local", lines.append, work), lines
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records by method, without what may differ from run to run."""
+    found = {}
+    for path in sorted((folder / "out").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"), object_hook=untimed)
+        found[record["config"]["method"]["name"]] = record
+    return found
+
+
+def untimed(table: dict[str, Any]) -> dict[str, Any]:
+    timed = ("seconds", "check_seconds", "forward_equivalents", "peak_memory", "machine")
+    return {key: value for key, value in table.items() if key not in timed}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("failing = 2", "faling = 2", "studies 1: unknown key 'faling'; did you mean 'failing'?"),
+        ("failing = 2", "failing = 0", "failing is 0; expected 1 or more"),
+        ("failing = 2", "failing = true", "failing is True; expected a whole number"),
+        ('kind = "alone"', 'kind = "lonely"', "kind is 'lonely'; expected one of alone, together"),
+        ('kind = "alone"', 'kind = "together"', "'prompt' changes no weights"),
+        ('kind = "alone"', 'kind = "sparsity"', "a sparsity study without targeting"),
+        ('kind = "alone"', 'kind = "grid"', "no data for it"),
+        ('kind = "alone"', 'kind = "alone"\nmethods = ["stra"]', "methods names 'stra'; did you mean 'star'?"),
+        ('kind = "alone"', 'kind = "alone"\nmethods = ["star"]\nshare = ["2"]', "share '2' is out of range"),
+        ('kind = "alone"', 'kind = "alone"\nmethods = ["star"]\npattern = ["odd"]', "pattern 'odd'"),
+        ('preset = "paper"', 'preset = "pepper"', "has no preset 'pepper'; did you mean 'paper'?"),
+        ('preset = "paper"', "settings = {learning_rate = 'fast'}", "learning_rate is 'fast'; expected a number"),
+        ('preset = "paper"', "settings = {rate = 1}", "has no setting 'rate'"),
+        ('name = "prompt"', 'name = "prompt"\npreset = "x"', "the prompt yardstick has no settings"),
+        ('preset = "paper"', "statistics = 'a.txt'", "'sgd' reads no reference text"),
+        ('preset = "paper"', "own_texts = 8", "'sgd' reads no reference text"),
+        ('name = "prompt"', 'name = "prompt"\nprefixes = 2', "the prompt yardstick has no settings"),
+        ('name = "prompt"', 'name = "prompt"\nown_texts = 8', "'prompt' reads no reference text"),
+        (
+            'name = "prompt"',
+            'name = "minkl"\nown_texts = 0',
+            "own_texts is 0; expected 1 or more, or 0 beside statistics",
+        ),
+        ('name = "prompt"', 'name = "prmpt"', "unknown method 'prmpt'; did you mean 'prompt'?"),
+        ('name = "sgd"', 'name = "star"\nmethod = "sgd"', "methods has 'star' twice"),
+        ('file = "embedded"', 'file = "/data/x.jsonl"', "expected a path relative to the grid's folder"),
+        ('name = "habits"', "", "data 1: no name; expected text"),
+        ("tokens = 64", "tokens = 64\n[[drift]]\nkind = 'python'", "drift names one kind twice"),
+        ('kind = "python"', 'kind = "a.b"', "kind is 'a.b'; expected letters"),
+        ("heldout = 2", "heldout = -1", "heldout is -1; expected 0 or more"),
+        ("[[studies]]", "[[study]]", "no studies; expected a list"),
+        ("[[studies]]", "[[studies]]\nkind='alone'\n[[studies]]", "two studies hold the cell 'alone.embedded"),
+        ("[measure]", "[measure", "broken TOML"),
+    ],
+)
+def test_a_grid_that_is_wrong_says_where_and_how(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in GRID
+    with pytest.raises(UsageError, match=re.escape(said)):
+        read_grid(made(tmp_path, GRID.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_grids_that_ship_are_sound(path: Path) -> None:
+    cells = read_grid(path).cells
+    assert {"star", "minkl"} <= {cell.method.method for cell in cells}
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", ["main", "smoke"])
+def test_the_whole_comparison_leaves_no_study_out(name: str) -> None:
+    cells = read_grid(ROOT / "benchmarks" / f"{name}.toml").cells
+    assert {"alone", "together", "cumulative", "sparsity", "grid"} == {cell.study for cell in cells}
+    assert {"star", "mint", "sgd", "finetune", "lora", "minkl", "prompt"} <= {cell.method.method for cell in cells}
+
+
+def test_a_settings_default_is_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
+    _, cells = planned(tmp_path)
+    assert cells[0].config["method"]["settings"]["learning_rate"] > 0
+    _, others = planned(tmp_path, GRID.replace('name = "star"', 'name = "star"\nsettings = {epochs = 7}'))
+    assert cells[0].digest != others[0].digest
+    assert [cell.digest for cell in cells[1:]] == [cell.digest for cell in others[1:]]
+
+
+def test_other_statistics_are_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
+    """And a method that has none is as it was before grids could name them."""
+    plain = 'name = "minkl"'
+    made_from = set()
+    (tmp_path / "a.txt").write_text("x = 1\n", encoding="utf-8")
+    for more in (
+        "",
+        "\nstatistics = 'a.txt'",
+        "\nown_texts = 8",
+        "\nown_texts = 0\nstatistics = 'a.txt'",
+        "\nprefixes = 2",
+    ):
+        _, cells = planned(tmp_path, GRID.replace('name = "prompt"', plain + more))
+        (one,) = [cell for cell in cells if cell.config["method"]["method"] == "minkl"]
+        made_from.add(one.digest)
+        assert more or not {"statistics", "own_texts", "prefixes"} & set(one.config["method"])
+    assert len(made_from) == 5
+
+
+def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None:
+    assert run(tmp_path, works.quick, jobs=2)[0] == Summary(3, 0, ())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert len(before) == 3
+    assert run(tmp_path, works.quick)[0] == Summary(0, 3, ())
+    summary, lines = run(tmp_path, works.quick, GRID.replace('name = "star"', 'name = "star"\nsettings = {epochs = 7}'))
+    assert summary == Summary(1, 2, ())
+    assert "(1 stale)" in lines[0]
+    changed = [path.name for path, then in before.items() if path.stat().st_mtime_ns != then]
+    assert changed == ["alone.embedded.habits.star.seed-0.json"]
+    next(iter(before)).write_text("{", encoding="utf-8")
+    assert "1 damaged" in run(tmp_path, works.quick, GRID)[1][0]
+
+
+def test_a_cell_that_raises_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    summary, lines = run(tmp_path, works.broken)
+    assert (summary.run, len(summary.failed)) == (3, 1)
+    found = records(tmp_path)
+    assert {name: record["status"] for name, record in found.items()} == {
+        "star": "failed", "sgd": "done", "prompt": "done",
+    }  # fmt: skip
+    assert found["star"]["error"]["type"] == "KeyError"
+    assert "works.py" in found["star"]["error"]["at"]
+    assert str(tmp_path) not in json.dumps(found)
+    assert any("FAILED: KeyError" in line for line in lines)
+    assert any("left" in line for line in lines)
+    assert run(tmp_path, works.quick)[0] == Summary(1, 2, ())
+    assert records(tmp_path)["star"]["status"] == "done"
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    summary, _ = run(tmp_path, works.dying)
+    assert [name for name, _ in summary.failed] == ["alone.embedded.habits.star.seed-0"]
+    found = records(tmp_path)
+    assert found["star"]["error"]["type"] == "WorkerDied"
+    assert (tmp_path / "alone.embedded.habits.star.seed-0.tried").read_text() == "xxx"
+    assert (tmp_path / "alone.embedded.habits.sgd.seed-0.tried").read_text() == "xx"
+    assert found["sgd"]["status"] == found["prompt"]["status"] == "done"
+
+
+def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    made(tmp_path)
+    script = (
+        "import sys, works; from pathlib import Path; from lmrepair.bench import bench, plan\n"
+        "from lmrepair.bench import read_grid\n"
+        "if __name__ == '__main__':\n"
+        "    at = Path(sys.argv[1]); grid = read_grid(at / 'grid.toml')\n"
+        "    bench(grid, plan(grid, at / 'out', at, at, threads=1), 1, 'local', print, works.slow)\n"
+    )
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment, stdout=subprocess.DEVNULL
+    )
+    second = tmp_path / "alone.embedded.habits.sgd.seed-0.begun"
+    wait_for(lambda: second.exists() and bool(second.read_text()), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    worker = int(second.read_text())
+    wait_for(lambda: not alive(worker))
+    done = sorted((tmp_path / "out").glob("*.json"))
+    assert [path.name for path in done] == ["alone.embedded.habits.star.seed-0.json"]
+    kept = done[0].read_bytes()
+    assert run(tmp_path, works.quick)[0] == Summary(2, 1, ())
+    assert done[0].read_bytes() == kept
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_real_cell_keeps_what_its_figures_are_made_from(tmp_path: Path) -> None:
+    text = GRID + '[[studies]]\nkind = "cumulative"\nfailing = 2\nmethods = ["star"]\n'
+    grid, cells = planned(tmp_path, text)
+    bench(grid, cells, 2)
+    found = {path.name.split(".seed")[0]: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert {record["status"] for record in found.values()} == {"done"}
+    star, prompt = found["alone.embedded.habits.star"], found["alone.embedded.habits.prompt"]
+    for row in star["failures"]:
+        assert row["repaired"]
+        for side in ("before", "after"):
+            answer = row[side]
+            teacher, greedy = (text_scores(answer[key], row["target"]) for key in ("preferred", "written"))
+            assert answer["teacher"]["bleu"] == pytest.approx(teacher.bleu, rel=1e-4)
+            assert answer["greedy"]["edit_similarity"] == pytest.approx(greedy.edit_similarity, rel=1e-4)
+            assert answer["teacher"]["token_match"] == pytest.approx(
+                1 - len(answer["mistakes"]) / len(row["tokens"]), abs=1e-5
+            )
+        assert row["before"]["mistakes"]
+        assert row["drift"]["python"]["kl"] > 0
+        assert row["drift"]["python"]["tokens"] <= 64
+        assert row["patch"]["parameters"] > row["patch"]["neurons"] > 0
+        assert row["cost"]["seconds"] > 0
+        assert row["generalisation"]["paraphrases"]["probes"] == 2
+        assert row["specificity"]["probes"] == 2
+    held = star["heldout"]
+    assert held["rows"] == 2
+    assert 0 <= corpus_bleu([text for _, text in held["preferred"]], ["a", "b"]) <= 1
+    assert "patch" not in prompt["failures"][0]
+    assert [row["id"] for row in prompt["failures"]] == [row["id"] for row in star["failures"]]
+    assert [point["k"] for point in found["cumulative.embedded.habits.star"]["curve"]] == [0, 1, 2]
+    assert str(Path.home()) not in json.dumps([record["machine"] for record in found.values()])
+
+    first = records(tmp_path)
+    again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, only="alone.embedded.habits.star", again=True)
+    assert [item.state for item in again] == ["to be repeated"]
+    bench(grid, again)
+    assert records(tmp_path)["star"] == first["star"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (the extra ray)")
+def test_on_ray_a_killed_worker_costs_its_cell_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    text = GRID.replace('[[methods]]\nname = "sgd"\npreset = "paper"\n', "").replace("failing = 2", "failing = 1")
+    grid, cells = planned(tmp_path, text)
+    lines: list[str] = []
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        assert bench(grid, cells, 1, "ray", lines.append, works.dying_once) == Summary(2, 0, ())
+    finally:
+        ray.shutdown()
+    # A starved cluster may lose an actor of its own accord, too; a cell is tried three times.
+    assert any("its worker died; once more" in line for line in lines)
+    on_ray = records(tmp_path)
+    again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, only="prompt", again=True)
+    bench(grid, again)
+    assert records(tmp_path)["prompt"] == on_ray["prompt"]
+
+
+def test_an_unknown_executor_and_no_cell_are_refused(tmp_path: Path) -> None:
+    grid, cells = planned(tmp_path)
+    with pytest.raises(UsageError, match="unknown executor 'slurm'; known: local, ray"):
+        bench(grid, cells, 1, "slurm")
+    with pytest.raises(UsageError, match="no cell of 'grid' has 'none'"):
+        plan(grid, tmp_path, tmp_path, tmp_path, only="none")
+
+
+def test_the_prompt_yardstick_puts_the_solved_failure_first() -> None:
+    example, row = Failure("a =", " 1", "x"), Failure("b =", " 2", "y", ("c =",))
+    (made,) = solved_before([row], example)
+    assert (made.prompt, made.paraphrases, made.target) == ("a = 1\nb =", ("a = 1\nc =",), " 2")
+    chat = Failure("", "yes", "z", (), ({"role": "user", "content": "q"},))
+    (made,) = solved_before([chat], chat)
+    assert [message["role"] for message in made.messages] == ["user", "assistant", "user"]
+
+
+def test_jobs_hold_no_state(tmp_path: Path) -> None:
+    _, cells = planned(tmp_path)
+    assert isinstance(cells[0].job, Job)
+    assert cells[0].job == planned(tmp_path)[1][0].job
+
+
+def test_the_commands(tmp_path: Path, run: Run) -> None:
+    grid, out = made(tmp_path), tmp_path / "out"
+    code, text, err = run("bench", grid, "--output", out, "--threads", 1, "--only", "prompt")
+    assert (code, err) == (0, "")
+    assert "1 cells: 0 done, 1 to run" in text
+    assert "all in" in text
+    code, text, _ = run("bench", grid, "--output", out, "--only", "prompt", "--json")
+    assert (code, json.loads(text)) == (0, {"run": 0, "skipped": 1, "failed": []})
+    code, text, _ = run("report", out, "-o", tmp_path / "page.html", "--json")
+    assert json.loads(text)["bytes"] == (tmp_path / "page.html").stat().st_size
+    code, _, err = run("bench", grid, "--output", grid)
+    assert code == 2
+    assert "is a file" in err
+    missing = made(tmp_path, GRID.replace('name = "embedded"', 'name = "none"\npath = "no/such/model"'))
+    code, text, _ = run("bench", missing, "--output", out, "--only", "prompt", "--threads", 1)
+    assert code == 1
+    assert "FAILED: ModelError: no/such/model" in text

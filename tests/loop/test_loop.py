@@ -1,0 +1,243 @@
+"""The loop: repaired or as it was, whatever happens in between; and the issue's figures on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import oracle
+import oracle_models
+import pytest
+import torch
+from oracle_models import FAILURES, TEXT, State
+
+from lmrepair import Failure, FailuresError, Method, Net, Sgd, Star, diagnose, load, read_failures, repair
+from lmrepair.failures.tokens import Tokens
+from lmrepair.loop import loop
+from lmrepair.loop.loop import repair_each
+from lmrepair.methods import method_named
+from lmrepair.methods.base import Problem, Step
+from lmrepair.patch.patch import Patch
+
+STAR = Star(learning_rate=0.1, epochs=200)
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_together(kind: str, dtype: torch.dtype) -> None:
+    net = oracle_models.net(kind, dtype=dtype)
+    failures = [*FAILURES[:2], answered(net)]
+    result = repair(net, failures, Star(learning_rate=0.05, epochs=300, share="1"), TEXT)
+    assert [outcome.failing for outcome in result.outcomes] == [True, True, False]
+    assert (result.failing, result.repaired) == (2, 2)
+    assert not any(outcome.after for outcome in result.outcomes)
+    assert not any(item.mistakes for item in diagnose(net, failures))
+    assert result.patch is not None
+    assert result.drift is not None
+    assert result.patch.made.drift["kl"] == result.drift.kl > 0
+    assert result.cost.steps > 0 < result.cost.forward_equivalents
+
+
+def answered(net: Net) -> Failure:
+    """A failure that the net answers rightly: its own greedy text after some prompt."""
+    for prompt in (a + b for a in "abcdefghijklmnopqrstuvwxyz" for b in "aeiou("):
+        tokens = Tokens("", tuple(net.tokenizer(prompt)["input_ids"]), (5, 5))
+        (made,) = net.generate([tokens])
+        failure = Failure(prompt, str(net.tokenizer.decode(list(made))), "right")
+        if min(made) > 1 and net.tokenize([failure])[0].target == made:
+            return failure
+    raise AssertionError("no prompt that the net continues by text")
+
+
+def test_alone_leaves_the_net_untouched() -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    for failure, result in zip(FAILURES, repair_each(net, FAILURES, STAR), strict=True):
+        assert not before.changed(net)
+        assert result.repaired == 1
+        assert result.patch is not None
+        with result.patch.on(net):
+            (item,) = diagnose(net, [failure])
+            assert not item.mistakes
+            assert oracle.greedy(net.model, item.tokens.prompt, len(item.tokens.target)) == list(item.tokens.target)
+    assert not before.changed(net)
+
+
+def test_the_same_repair_twice_is_the_same_patch() -> None:
+    made = [repair(oracle_models.net(), FAILURES, STAR, TEXT).patch for _ in range(2)]
+    assert made[0] is not None
+    assert made[1] is not None
+    assert made[0].serialise() == made[1].serialise()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        method_named("minkl", None),
+        method_named("minkl", None, layers="last"),
+        method_named("finetune", None),
+        method_named("sgd", "paper"),
+    ],
+    ids=["minkl", "minkl last", "finetune", "sgd paper"],
+)
+def test_the_diagnosis_of_one_failure_is_the_first_reading(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward pass less, the same patch bit for bit."""
+    net, passes = oracle_models.net(), []
+    list(repair_each(net, FAILURES[:1], method))  # statistics are kept from here on
+    real = Net.logits_and_states
+    monkeypatch.setattr(Net, "logits_and_states", lambda *given: (passes.append(1), real(*given))[1])
+    made = []
+    for _ in range(2):
+        passes.clear()
+        (result,) = repair_each(net, FAILURES[:1], method)
+        assert result.patch is not None
+        made.append((len(passes), result.patch.changes, [item.before for item in result.outcomes]))
+        monkeypatch.setattr("lmrepair.loop.loop.first_reading", lambda *_: None)
+    (less, ours, mistakes), (more, theirs, expected) = made
+    assert less == more - 1
+    assert all(torch.equal(ours[layer].deltas, theirs[layer].deltas) for layer in theirs)
+    assert [m.position for one in mistakes for m in one] == [m.position for one in expected for m in one]
+
+
+def test_contradictions_are_refused() -> None:
+    net = oracle_models.net()
+    with pytest.raises(FailuresError, match="want different targets"):
+        repair(net, [Failure("a", "b", "1"), Failure("a", "c", "2")], STAR, TEXT)
+
+
+def test_what_resists_is_reported_and_the_net_is_as_it_was() -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    result = repair(net, FAILURES, Star(epochs=1, learning_rate=1e-9), TEXT)
+    assert (result.repaired, result.patch, result.drift) == (0, None, None)
+    assert all("still mistaken after 1 epochs; try" in outcome.reason for outcome in result.outcomes)
+    assert not before.changed(net)
+
+
+def test_one_that_resists_does_not_cost_the_others() -> None:
+    """A chat that renders to another failure's prompt and wants another target: at most one can be given."""
+    net = oracle_models.net()
+    net.tokenizer.chat_template = "<s>{{ messages[0].content }}"
+    chat = Failure("", " no", "chat", (), ({"role": "user", "content": FAILURES[2].prompt},))
+    result = repair(net, [*FAILURES[:3], chat], Star(learning_rate=0.1, epochs=60), TEXT)
+    assert 2 <= result.repaired <= 3
+    for outcome in result.outcomes:
+        assert outcome.repaired == (not outcome.after)
+        assert bool(outcome.reason) == bool(outcome.after)
+    assert result.patch is not None
+    assert [item.repaired for item in result.patch.items] == [outcome.repaired for outcome in result.outcomes]
+    found = diagnose(net, [outcome.tokens for outcome in result.outcomes])
+    assert [bool(item.mistakes) for item in found] == [bool(outcome.after) for outcome in result.outcomes]
+
+
+def test_failures_that_are_right_need_no_patch() -> None:
+    net = oracle_models.net()
+    patch = repair(net, FAILURES[:1], STAR, TEXT).patch
+    assert patch is not None
+    before = State.of(net)
+    result = repair(net, FAILURES[:1], STAR, TEXT)
+    assert (result.failing, result.patch, result.cost.steps) == (0, None, 0)
+    assert not before.changed(net)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaks(Method):
+    """A method that moves everything and breaks at its third step."""
+
+    name: ClassVar[str] = "breaks"
+    error: type[BaseException] = KeyboardInterrupt
+
+    def solve(self, problem: Problem) -> Step:
+        if problem.step == 2:
+            raise self.error
+        return Step({layer: delta + 0.01 for layer, delta in problem.deltas.items()})
+
+
+def breaking(at: str, error: type[BaseException]) -> Callable[..., object]:
+    def broken(*_: object, **__: object) -> object:
+        raise error(at)
+
+    return broken
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    "at", ["solve", "progress", "measure_drift", "fingerprint", "forward_seconds", "apply", "moved"]
+)
+def test_whatever_breaks_the_net_is_as_it_was(
+    at: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = oracle_models.net()
+    net.model.train()
+    before = State.of(net)
+    method: Method = STAR
+    progress: Callable[[str, int, int], None] = loop.quiet
+    if at == "solve":
+        method = Breaks(error=error)
+    elif at == "progress":
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == "steps" and done == 2 or stage == "drift":
+                raise error
+    elif at == "apply":
+        monkeypatch.setattr(Patch, "apply", breaking(at, error))
+    elif at == "moved":
+        # The weights are written when the probe runs for the second time.
+        kept, calls = net.logits, []
+
+        def logits(*arguments: object) -> object:
+            calls.append(1)
+            if len(calls) == 2:
+                raise error
+            return kept(*arguments)  # type: ignore[arg-type]
+
+        real = Patch.apply
+
+        def apply(self: Patch, to: object) -> None:
+            net.logits = logits  # type: ignore[method-assign, assignment]
+            real(self, net)
+
+        monkeypatch.setattr(Patch, "apply", apply)
+    else:
+        monkeypatch.setattr(loop, at, breaking(at, error))
+    with pytest.raises(error):
+        repair(net, FAILURES, method, TEXT, progress)
+    assert not before.changed(net)
+
+
+def test_steps_too_small_for_bfloat16_add_up() -> None:
+    net = oracle_models.net(dtype=torch.bfloat16)
+    (result,) = repair_each(net, FAILURES[:1], Sgd(learning_rate=0.002, epochs=200))
+    assert result.patch is not None
+    moved = max(float(change.deltas.abs().max()) for change in result.patch.changes.values())
+    (once,) = repair_each(net, FAILURES[:1], Sgd(learning_rate=0.002, epochs=1))
+    assert once.patch is not None
+    single = max(float(change.deltas.abs().max()) for change in once.patch.changes.values())
+    assert moved > 20 * single
+
+
+# --- on the shared model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "template"), [("conala", r"# {prompt}\n{target}\n"), ("ia32", r"; {prompt}\n{target}\n")]
+)
+def test_star_repairs_real_failures_alone(task: str, template: str, shared: Path) -> None:
+    net = load(shared / "models" / "pycoder-8m")
+    rows = read_failures(shared / "data" / f"{task}.dev.jsonl", template, limit=30)
+    failing = [row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes][:6]
+    results = list(repair_each(net, failing))
+    assert sum(result.repaired for result in results) == len(failing) > 3
+    paper = list(repair_each(net, failing, method_named("star", "paper")))
+    assert all(result.cost.steps == 10 for result in paper)
+    if task == "conala":
+        assert sum(result.repaired for result in paper) < len(failing)
+
+
+def test_star_repairs_real_failures_together(shared: Path) -> None:
+    net = load(shared / "models" / "pycoder-8m")
+    rows = read_failures(shared / "data" / "conala.dev.jsonl", r"# {prompt}\n{target}\n", limit=8)
+    result = repair(net, rows, reference=TEXT)
+    assert result.repaired == result.failing > 5

@@ -1,0 +1,489 @@
+"""minkl: its system, its inequalities, one step and whole repairs, against dense float64 oracles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import oracle_minkl
+import oracle_models
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from oracle_models import FAILURES, HIDDEN, LAYERS, WIDTH, State
+from torch import Tensor
+
+from lmrepair import Failure, FailuresError, MinKl, Net, Reference, UsageError, repair, repair_each
+from lmrepair.failures.tokens import Tokens
+from lmrepair.methods import method_named
+from lmrepair.methods.base import Problem
+from lmrepair.methods.maths.basis import Bases
+from lmrepair.methods.maths.dual import RIDGE, gram, kernel, not_negative
+from lmrepair.methods.maths.margins import read_margins
+from lmrepair.methods.minkl import AIM, KEEP, KEPT, SPARE, STAY
+from lmrepair.methods.star import Star
+from lmrepair.model.batches import Sites
+from lmrepair.model.edit import Trial
+from lmrepair.model.moments import Metric, Moment, Statistics
+from lmrepair.model.net import settled
+from lmrepair.model.statistics import gather
+
+TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
+KINDS = ("full", "sampled", "diagonal", "none")
+
+
+def statistics(net: Net, method: MinKl) -> Statistics:
+    return gather(net, net.sample(6, 40), method.asks(), "test")
+
+
+def tokens_of(net: Net) -> list[Tokens]:
+    """Few tokens, so that every set of constraints can be tried; the last one's are all preferred."""
+    prompt = net.tokenize(FAILURES)[2].prompt
+    first, other = net.tokenize([FAILURES[2], FAILURES[1]])
+    return [
+        Tokens("first", first.prompt, first.target[:3]),
+        Tokens("other", other.prompt, other.target[:3]),
+        Tokens("right", prompt, tuple(oracle.greedy(net.model, prompt, 2))),
+    ]
+
+
+def problem(net: Net, method: MinKl, tokens: Sequence[Tokens], known: Statistics, at_once: int = 10_000) -> Problem:
+    """The method's first step on some failures."""
+    batches = net.batches(tokens, at_once)
+    with settled(net.model):
+        preference = net.prefer(batches)
+        sites = method.sites(net, batches, preference)
+        reading = method.read(net, batches, sites, None, method.margin)
+    everywhere = torch.ones(len(preference.gap), dtype=torch.bool)
+    zeros = {layer: torch.zeros(len(columns), net.hidden) for layer, columns in sites.columns.items()}
+    metric = Metric.of(known, method.damping)
+    return Problem(net, tuple(batches), sites, reading, everywhere, zeros, Bases.of(net), 0, None, metric)
+
+
+def dense(moments: Any, layer: int, share: float, columns: Tensor | None = None) -> Tensor:
+    """A moment as a damped dense matrix, or the damped part of it at some columns."""
+    matrix = oracle_minkl.dense(moments[layer].kind, moments[layer].values)
+    return oracle_minkl.damped(matrix if columns is None else matrix[columns][:, columns], share)
+
+
+# --- the system -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("at_once", [10_000, 1])
+def test_the_kernel_is_the_dense_inner_product(kind: str, at_once: int) -> None:
+    net = oracle_models.net(kind, dtype=torch.float64)
+    tokens = tokens_of(net)
+    known = statistics(net, MinKl(inputs="full", outputs="full"))
+    with settled(net.model):
+        factors = read_margins(net, net.batches(tokens, at_once), net.every_site(), None, None).factors
+    c = [dense(known.inputs, layer, 0.01) for layer in range(LAYERS)]
+    f = [dense(known.outputs, layer, 0.01) for layer in range(LAYERS)]
+    whitened = [
+        dataclasses.replace(
+            item,
+            inputs={layer: (z.double() @ c[layer].inverse()).float() for layer, z in item.inputs.items()},
+            slopes={layer: (g.double() @ f[layer].inverse()).float() for layer, g in item.slopes.items()},
+        )
+        for item in factors
+    ]
+    found = kernel(factors, whitened)
+    _, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(tokens))
+    wanted = oracle_minkl.system(gradients, c, f)
+    assert found.dtype == torch.float64
+    scale = wanted.diagonal().sqrt()
+    assert float(((found - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
+    same = gram(factors, whitened)
+    assert torch.equal(same, same.T)
+    assert float(((same - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
+
+
+@st.composite
+def systems(draw: st.DrawFn, most: int) -> tuple[Tensor, Tensor]:
+    """A positive definite matrix of any rank before its ridge, and right-hand sides of both signs."""
+    count, rank, seed = draw(st.integers(1, most)), draw(st.integers(1, most)), draw(st.integers(0, 2**20))
+    ridge, shift = draw(st.sampled_from([1e-3, 1e-1, 1.0])), draw(st.floats(-2, 2))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, rank, generator=generator, dtype=torch.float64)
+    matrix = rows @ rows.T
+    matrix = matrix + ridge * matrix.diagonal().mean() * torch.eye(count, dtype=torch.float64)
+    return matrix, torch.randn(count, generator=generator, dtype=torch.float64) + shift
+
+
+@settings(max_examples=200, deadline=None)
+@given(systems(25))
+def test_the_weights_satisfy_the_conditions_of_optimality(given: tuple[Tensor, Tensor]) -> None:
+    """λ ≥ 0, Aλ ≥ b, and λ_s (Aλ − b)_s = 0."""
+    matrix, wanted = given
+    kept = wanted.clone()
+    found = not_negative(matrix, wanted)
+    scale = float(wanted.abs().max())
+    assert bool((found >= 0).all())
+    spare = matrix @ found - wanted
+    assert float(spare.min()) >= -1e-7 * scale
+    assert float((found * spare).abs().max()) <= 1e-7 * scale * max(1.0, float(found.max()))
+    assert torch.equal(wanted, kept)
+
+
+@settings(max_examples=80, deadline=None)
+@given(systems(6))
+def test_the_weights_are_those_of_trying_every_set(given: tuple[Tensor, Tensor]) -> None:
+    matrix, wanted = given
+    best = oracle_minkl.least(matrix, wanted)
+    found = not_negative(matrix, wanted)
+    assert float((found - best).abs().max()) <= 1e-6 * max(1.0, float(best.max()))
+
+
+def test_what_holds_by_itself_gets_no_weight() -> None:
+    matrix = torch.tensor([[2.0, 1.0, -1.0], [1.0, 2.0, 0.0], [-1.0, 0.0, 2.0]], dtype=torch.float64)
+    assert not not_negative(matrix, -torch.ones(3, dtype=torch.float64)).any()
+    # The first pulls the second along and pushes the third, which then needs weight of its own.
+    found = not_negative(matrix, torch.tensor([1.0, 0.4, -0.1], dtype=torch.float64))
+    assert torch.allclose(found, torch.tensor([0.95 / 1.5, 0.0, 0.4 / 1.5], dtype=torch.float64))
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+def expected(net: Net, method: MinKl, tokens: Sequence[Tokens], known: Statistics, places: Any) -> list[Tensor]:
+    """The oracle's step on the open margins, layer → [k, d], with C restricted to the neurons in ``places``."""
+    margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(tokens))
+    rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
+    assert 0 < len(rows) < len(margins)
+    c = [dense(known.inputs, layer, method.damping, places[layer]) for layer in range(LAYERS)]
+    f = [dense(known.outputs, layer, method.damping) for layer in range(LAYERS)]
+    restricted = [[gradients[row][layer][places[layer]] for layer in range(LAYERS)] for row in rows]
+    return oracle_minkl.step(restricted, rises(method, margins[rows]), c, f, RIDGE)
+
+
+def rises(method: MinKl, margins: Tensor) -> Tensor:
+    """Mistakes are to rise beyond the margin, what is right and below it is to stay."""
+    return torch.tensor(
+        [AIM * method.margin + SPARE - value if value <= 0 else 0.0 for value in margins.tolist()]
+    ).double()
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> bool:
+    return float((found.double() - wanted).abs().max()) < tolerance * float(wanted.abs().max())
+
+
+EVERY = [torch.arange(WIDTH)] * LAYERS
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), [*((kind, "full") for kind in KINDS), ("full", "sampled"),
+                                                 ("full", "diagonal"), ("none", "none")])  # fmt: skip
+def test_a_step_is_the_oracles(kind: str, inputs: str, outputs: str) -> None:
+    """Δ = Σ λ_s C⁻¹ J_s F⁻¹ closes the linearised margins with the least cost; so with every kind of moment."""
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs=inputs, outputs=outputs, samples=30, margin=0.3)
+    tokens, known = tokens_of(net), statistics(net, method)
+    wanted = expected(net, method, tokens, known, EVERY)
+    for at_once in (10_000, 1):
+        found = method.solve(problem(net, method, tokens, known, at_once)).deltas
+        for layer in range(LAYERS):
+            assert near(found[layer], wanted[layer])
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_a_step_closes_the_linearised_margins_and_no_cheaper_one_does(kind: str) -> None:
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs="full", outputs="full")
+    tokens, known = tokens_of(net), statistics(net, method)
+    found = [d.double() for d in method.solve(problem(net, method, tokens, known)).deltas.values()]
+    margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(tokens))
+    rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
+    flat = torch.stack([torch.cat([part.flatten() for part in gradients[row]]) for row in rows])
+    change = torch.cat([part.flatten() for part in found])
+    rise = rises(method, margins[rows]).double()
+    closed = flat @ change
+    assert bool((closed > rise - 0.1).all())  # beyond the margin, with what the ridge leaves open
+    wrong = margins[rows] <= 0
+    assert bool((closed > method.margin - margins[rows])[wrong].all())
+
+    def cost(parts: Sequence[Tensor]) -> float:
+        c, f = ([dense(m, layer, method.damping) for layer in range(LAYERS)] for m in (known.inputs, known.outputs))
+        return sum(oracle_minkl.cost(f[layer], part.T, c[layer]) for layer, part in enumerate(parts))
+
+    generator = torch.Generator().manual_seed(0)
+    least = cost(found)
+    project = flat.T @ torch.linalg.inv(flat @ flat.T) @ flat
+    for _ in range(20):  # other changes that move these margins as far
+        other = torch.randn(len(change), generator=generator, dtype=torch.float64) * float(change.std()) * 0.1
+        other = change + other - project @ other
+        parts = [part.reshape(WIDTH, HIDDEN) for part in other.split(WIDTH * HIDDEN)]
+        assert torch.allclose(flat @ other, closed, atol=1e-6)
+        assert cost(parts) > least
+    shortest = (flat.T @ torch.linalg.inv(flat @ flat.T) @ closed).split(WIDTH * HIDDEN)
+    assert cost([part.reshape(WIDTH, HIDDEN) for part in shortest]) > 1.2 * least
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("inputs", KINDS)
+def test_early_steps_of_several_failures_keep_a_part_of_the_change(kind: str, inputs: str) -> None:
+    """The part that goes is solved for anew; a failure alone, and later steps, keep all."""
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs=inputs, outputs="full", samples=30, margin=0.3)
+    tokens, known = tokens_of(net), statistics(net, method)
+    c = [dense(known.inputs, layer, method.damping, EVERY[layer]) for layer in range(LAYERS)]
+    f = [dense(known.outputs, layer, method.damping) for layer in range(LAYERS)]
+    for some, step, keep in ((tokens, 1, KEEP), (tokens, KEPT, KEEP), (tokens, KEPT + 1, 1.0), (tokens[:1], 1, 1.0)):
+        given = problem(net, method, some, known)
+        first = method.solve(given)
+        second = method.solve(dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=step)).deltas
+        margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(some))
+        rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
+        raised = torch.stack(
+            [sum((gradients[row][at] * first.deltas[at].double()).sum() for at in range(LAYERS)) for row in rows]
+        )
+        wanted = oracle_minkl.step(
+            [gradients[row] for row in rows], rises(method, margins[rows]) + (1 - keep) * raised, c, f, RIDGE
+        )
+        for layer in range(LAYERS):
+            assert near(second[layer], keep * first.deltas[layer].double() + wanted[layer])
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("inputs", KINDS)
+def test_few_neurons_are_those_that_carry_most_and_solved_on_their_own(kind: str, inputs: str) -> None:
+    """The restricted step is the oracle's with C restricted, and the next one writes to the same neurons."""
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs=inputs, outputs="full", samples=30, neurons=5, margin=0.3)
+    tokens, known = tokens_of(net), statistics(net, method)
+    whole = expected(net, method, tokens, known, EVERY)
+    places = [part.norm(dim=1).argsort(descending=True)[:5].sort().values for part in whole]
+    wanted = expected(net, method, tokens, known, places)
+    given = problem(net, method, tokens, known)
+    first = method.solve(given)
+    for layer in range(LAYERS):
+        assert sorted(first.deltas[layer].any(dim=1).nonzero().squeeze(1).tolist()) == places[layer].tolist()
+        assert near(first.deltas[layer][places[layer]], wanted[layer])
+    second = method.solve(dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=1))
+    for layer in range(LAYERS):
+        moved = (second.deltas[layer] - first.deltas[layer]).any(dim=1).nonzero().squeeze(1)
+        assert moved.tolist() == places[layer].tolist()
+
+
+def test_the_memory_that_is_said_beforehand_is_enough() -> None:
+    net = oracle_models.net(dtype=torch.float64)
+    method = MinKl(inputs="full", outputs="full")
+    tokens = tokens_of(net)
+    given = problem(net, method, tokens, statistics(net, method))
+    state: Any = method.solve(given).memory
+    read: Any = given.reading
+    kept = [part for item in (*read.factors, *state.items) for part in (*item.inputs.values(), *item.slopes.values())]
+    used = sum(part.numel() * 4 for part in kept) + state.system.numel() * 8
+    said = method.memory(net, tokens, given.sites)
+    assert used <= said < 20 * used
+    assert MinKl(mode="batch").memory(net, tokens, given.sites) < said
+    assert Star().memory(net, tokens, given.sites) == 0
+
+
+def test_targets_that_contradict_each_other_give_no_wild_step() -> None:
+    net = oracle_models.net()
+    prompt = tuple(net.tokenizer("say")["input_ids"])
+    method = MinKl(inputs="full", outputs="full")
+    known = statistics(net, method)
+    tokens = [Tokens("one", prompt, (7,)), Tokens("other", prompt, (8,))]
+    deltas = method.solve(problem(net, method, tokens, known)).deltas
+    alone = method.solve(problem(net, method, tokens[:1], known)).deltas
+    for layer in range(LAYERS):
+        assert bool(deltas[layer].isfinite().all())
+        assert float(deltas[layer].norm()) < 50 * float(alone[layer].norm())
+
+
+def test_where_nothing_has_an_effect_nothing_moves() -> None:
+    """A layer whose coefficients are all zero: no step, and an honest end."""
+    net = oracle_models.net()
+    net.model.model.layers[1].mlp.up_proj.weight.zero_()
+    before = State.of(net)
+    method = MinKl(inputs="full", outputs="full", epochs=3)
+    given = problem(net, method, tokens_of(net), statistics(net, method))
+    only = Sites({1: torch.arange(WIDTH)})
+    with settled(net.model):
+        reading = method.read(net, given.batches, only, None, method.margin)
+    zeros = {1: given.deltas[1]}
+    deltas = method.solve(dataclasses.replace(given, sites=only, reading=reading, deltas=zeros)).deltas
+    assert torch.equal(deltas[1], zeros[1])
+    assert not before.changed(net)
+
+
+def test_a_step_needs_statistics() -> None:
+    net = oracle_models.net()
+    given = problem(net, MinKl(), tokens_of(net), statistics(net, MinKl()))
+    with pytest.raises(UsageError, match="statistics of reference text"):
+        MinKl().solve(dataclasses.replace(given, metric=None))
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    for wrong, said in (
+        ({"neurons": -1}, "neurons is -1"),
+        ({"inputs": "half"}, "inputs 'half' is unknown; known: auto, full, sampled, diagonal, none"),
+        ({"outputs": "half"}, "outputs 'half' is unknown"),
+        ({"samples": 0}, "at least 1"),
+        ({"damping": 0.0}, "above 0"),
+        ({"margin": -1.0}, "margin is -1.0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            method_named("minkl", **wrong)
+
+
+# --- repairs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize(
+    "changed",
+    [*({"inputs": kind, "outputs": kind} for kind in KINDS), {"samples": 20, "inputs": "sampled"}, {"neurons": 12},
+     {"damping": 1.0}, {"layers": "one"}],
+    ids=str,
+)  # fmt: skip
+def test_every_variant_repairs_and_keeps_the_margin(kind: str, changed: dict[str, Any]) -> None:
+    net = oracle_models.net(kind)
+    before = State.of(net)
+    method = MinKl(epochs=60, **changed)
+    batches = net.batches(net.tokenize(FAILURES[:2]))
+    floors = -net.prefer(batches).gap
+    floors = torch.where(floors > 0, (STAY * floors).clamp(max=method.margin), method.margin)  # right: half of it
+    result = repair(net, FAILURES[:2], method, TEXT, statistics=statistics(net, method))
+    assert result.repaired == result.failing == 2
+    assert result.patch is not None
+    after = -net.prefer(batches).gap
+    assert bool((after > floors - 1e-3).all())
+    if "neurons" in changed:
+        assert all(len(change.columns) <= 12 for change in result.patch.changes.values())
+    result.patch.revert(net)
+    assert not before.changed(net)
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_repaired_too(kind: str, dtype: torch.dtype) -> None:
+    net = oracle_models.net(kind, dtype=dtype)
+    before = State.of(net)
+    result = repair(net, FAILURES[:2], MinKl(epochs=60), TEXT)
+    assert result.repaired == result.failing == 2
+    assert result.patch is not None
+    for outcome, made in zip(result.outcomes, net.generate([o.tokens for o in result.outcomes]), strict=True):
+        assert made == outcome.tokens.target
+    result.patch.revert(net)
+    assert not before.changed(net)
+
+
+def test_the_same_repair_twice_is_the_same_bits() -> None:
+    made = []
+    for _ in range(2):
+        net = oracle_models.net()
+        result = repair(net, FAILURES, MinKl(epochs=60), TEXT)
+        assert result.patch is not None
+        made.append(result.patch)
+    for layer, change in made[0].changes.items():
+        assert torch.equal(change.columns, made[1].changes[layer].columns)
+        assert oracle_models.same_bits(change.deltas, made[1].changes[layer].deltas)
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("given", [{"epochs": 1, "margin": 40.0}, {"epochs": 1, "neurons": 1, "layers": "one"}])
+def test_what_cannot_be_repaired_leaves_the_model_bit_for_bit(kind: str, given: dict[str, Any]) -> None:
+    net = oracle_models.net(kind)
+    before = State.of(net)
+    result = repair(net, FAILURES, MinKl(**given), TEXT)
+    assert result.repaired == 0
+    assert result.patch is None
+    assert all(outcome.reason for outcome in result.outcomes)
+    assert not before.changed(net)
+
+
+def test_contradicting_failures_are_refused_before_anything_is_read() -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    with pytest.raises(FailuresError, match="want different targets"):
+        repair(net, [Failure("say", " hi", "a"), Failure("say", " ho", "b")], MinKl(), TEXT)
+    assert not before.changed(net)
+
+
+def test_positions_that_become_wrong_enter_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All positions of the failures are read at every step: those open before and those broken since."""
+    net = oracle_models.net()
+    method = MinKl(epochs=60, margin=0.3)
+    known = statistics(net, method)
+    opened: list[set[int]] = []
+
+    real = MinKl.read
+
+    def read(*given: Any) -> Any:
+        found = real(*given)
+        opened.append({row for item in found.factors for row in item.rows.tolist()})
+        return found
+
+    monkeypatch.setattr(MinKl, "read", read)
+    result = repair(net, FAILURES, method, TEXT, statistics=known)
+    assert result.repaired == len(FAILURES)
+    assert any(now - before for before, now in zip(opened, opened[1:], strict=False))
+
+
+def test_the_metric_makes_the_repair_cheaper_on_the_text_it_is_made_from() -> None:
+    """KL on the reference, measured: with the metric, and with one that prefers no direction."""
+    net = oracle_models.net()
+    texts = net.sample(6, 40)
+    costs = {}
+    for kind in ("full", "none"):
+        method = MinKl(inputs=kind, outputs=kind, epochs=60)
+        (result,) = repair_each(net, FAILURES[:1], method, statistics=gather(net, texts, method.asks(), "test"))
+        assert result.repaired == 1
+        assert result.patch is not None
+        twin = oracle_models.net()
+        result.patch.apply(twin)
+        costs[kind] = oracle.drift(net.model, twin.model, [item.ids for item in texts])[0]
+    assert costs["full"] < 0.8 * costs["none"]
+
+
+def test_a_statistic_of_nothing_still_repairs() -> None:
+    """Neurons that the reference text never uses cost nothing, and the damping keeps the solve sound."""
+    net = oracle_models.net()
+    zero = {layer: Moment("full", torch.zeros(WIDTH, WIDTH)) for layer in range(LAYERS)}
+    known = Statistics(zero, {layer: Moment("diagonal", torch.ones(HIDDEN)) for layer in range(LAYERS)}, "none", 1)
+    assert repair(net, FAILURES[:2], MinKl(epochs=60), TEXT, statistics=known).repaired == 2
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
+    """A change of the last layer moves margins and slopes just as running the model with it does."""
+    net = oracle_models.net(kind)
+    sites = Sites({LAYERS - 1: torch.arange(net.widths[-1])})
+    batches = net.batches(tokens_of(net))
+    with settled(net.model):
+        before = read_margins(net, batches, sites, None, 0.0)
+        assert before.tail is not None
+        rows = torch.cat([item.rows for item in before.factors])
+        slopes = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in before.factors])
+        assert before.tail.agreed(before.preference, rows, slopes) is not None
+        assert before.tail.agreed(before.preference, rows, 1.1 * slopes) is None
+        change = torch.randn(net.widths[-1], net.hidden, generator=torch.Generator().manual_seed(0)) * 0.02
+        told, leaning = before.tail.read(before.tail.inputs @ change)
+        with Trial(net, sites) as trial:
+            trial.write({LAYERS - 1: change})
+            after = read_margins(net, batches, sites, None, None)
+        assert not torch.allclose(before.preference.gap, after.preference.gap, atol=0.05)
+        assert torch.allclose(told.gap, after.preference.gap, atol=1e-3)
+        made = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in after.factors])
+        assert torch.allclose(leaning, made, atol=1e-3 * float(made.abs().max()))
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("neurons", [0, 12])
+def test_the_last_layer_is_solved_without_running_the_model(
+    kind: str, neurons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = oracle_models.net(kind)
+    method = MinKl(layers="last", neurons=neurons, epochs=60)
+    (fast,) = repair_each(net, FAILURES[:1], method)
+    monkeypatch.setattr("lmrepair.methods.minkl._agreed", lambda reading: None)
+    (slow,) = repair_each(net, FAILURES[:1], method)
+    assert fast.repaired == slow.repaired == 1
+    assert fast.cost.steps < slow.cost.steps
+    assert fast.patch is not None
+    assert set(fast.patch.changes) == {LAYERS - 1}
+    assert not neurons or fast.patch.neurons <= neurons
