@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from lmrepair.diagnosis.mistakes import (
         Diagnosis as Diagnosis,
         Mistake as Mistake,
-        check as check,
         diagnose as diagnose,
         diagnoses as diagnoses,
     )

@@ -49,15 +49,6 @@ def diagnose(net: Net, failures: Sequence[Failure | Tokens], at_once: int = TOKE
         return diagnoses(batches, net.prefer(batches))
 
 
-def check(net: Net, tokens: Sequence[Tokens]) -> tuple[list[Diagnosis], list[bool]]:
-    """Teacher-forced diagnosis, and whether greedy decoding gives each target (False, untried, after a mistake)."""
-    found = diagnose(net, tokens)
-    right = [item.tokens for item in found if not item.mistakes]
-    with settled(net.model):
-        made = iter(net.generate(right))
-        return found, [not item.mistakes and next(made) == item.tokens.target for item in found]
-
-
 def diagnoses(batches: Sequence[Batch], preference: Preference, margin: float = 0.0) -> list[Diagnosis]:
     """Mistakes of every failure of the batches, given what the model prefers at all their positions.
 

@@ -10,9 +10,10 @@ from statistics import median
 
 import torch
 
-from lmrepair.diagnosis import Diagnosis, check, diagnoses
+from lmrepair.diagnosis import Diagnosis, diagnoses
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, read_reference
+from lmrepair.loop.case import Case
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.judge import Guard, Scaled
 from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded
@@ -25,7 +26,7 @@ from lmrepair.patch import Item, Made, Patch
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
-FORWARDS_TIMED = 5
+FORWARDS_TIMED = 3
 
 
 def repair(
@@ -63,8 +64,9 @@ def repair(
         )
     method = method or MinKl()
     known = Known.of(net, method, statistics, progress)
-    guard = Guard.of(net, gate, reference, net.tokenize(failures)) if gate is not None else None
-    attempt = _kept(net, failures, method, known, guard, progress, wordings)
+    case = Case.of(net, failures)
+    guard = Guard.of(net, gate, reference, case.tokens) if gate is not None else None
+    attempt = _kept(case, method, known, guard, progress, wordings)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
@@ -94,7 +96,7 @@ def repair_each(
     known = Known.of(net, method, statistics, progress)
     guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
     for failure in failures:
-        attempt = _kept(net, [failure], method, known, guard, progress, wordings)
+        attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
 
 
@@ -138,8 +140,7 @@ class _Attempt:
 
 
 def _kept(
-    net: Net,
-    failures: Sequence[Failure],
+    case: Case,
     method: Method,
     known: Known,
     guard: Guard | None,
@@ -148,26 +149,25 @@ def _kept(
 ) -> _Attempt:
     """The attempt that passes the gate, at the scale and with the failures that it passes with."""
     if guard is None:
-        return _attempt(net, failures, method, known, progress, wordings)
+        return _attempt(case, method, known, progress, wordings)
     attempts: list[_Attempt] = []
 
     def solve(chosen: Sequence[int], kept: Sequence[Tokens]) -> Solved:
-        attempt = _attempt(net, [failures[index] for index in chosen], method, known, progress, wordings, kept)
+        attempt = _attempt(case.only(chosen), method, known, progress, wordings, kept)
         attempts.append(attempt)
         found = list(zip(chosen, attempt.outcomes, strict=True))
         fixed = tuple(index for index, outcome in found if outcome.failing and outcome.repaired)
         return Solved(attempt.changes, fixed, tuple(index for index, outcome in found if not outcome.failing))
 
     began = time.perf_counter()
-    tokens = net.tokenize(failures)
-    runs = Search(guard, tokens, solve, lambda number: progress("gate", number - 1, number)).run()
+    runs = Search(guard, case.tokens, solve, lambda number: progress("gate", number - 1, number)).run()
     first, best = attempts[0], best_of(runs)
     record = gated(guard, runs, best)
-    changes = Scaled(best.solved.changes, record.scale).made(net) if best is not None else {}
+    changes = Scaled(best.solved.changes, record.scale).made(case.net) if best is not None else {}
     outcomes = first.outcomes
     if runs[0].judged is not None and not (best is runs[0] and record.scale == 1):
-        with Scaled(changes, 1.0).on(net):
-            after, greedy = check(net, tokens)
+        with Scaled(changes, 1.0).on(case.net):
+            after, greedy = case.check()
         outcomes = _gated_outcomes(first.outcomes, after, greedy, method, why(runs, best))
     lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
     spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
@@ -189,8 +189,7 @@ def _gated_outcomes(
 
 
 def _attempt(
-    net: Net,
-    failures: Sequence[Failure],
+    case: Case,
     method: Method,
     known: Known,
     progress: Progress,
@@ -201,27 +200,26 @@ def _attempt(
 
     ``kept`` holds now and takes part in the solve, so that the method repairs it where it breaks.
     """
-    tokens = net.tokenize(failures)
+    net, began = case.net, time.perf_counter()
     with settled(net.model):
-        began = time.perf_counter()
-        batches = net.batches(tokens)
-        lone = len(tokens) == 1 and not kept and not wordings
-        first = first_reading(net, method, batches, progress) if lone else None
-        preference = first.preference if first else net.prefer(batches)
-        before = diagnoses(batches, preference)
+        others = wordings.of(case.failures, net.tokenize) if wordings else []
+        rows = [*case.tokens, *others, *kept]
+        # What is solved is all that is diagnosed: then the first step's reading tells the mistakes as well.
+        first = first_reading(net, method, case.batches, progress) if len(rows) == len(case.tokens) else None
+        preference = first.preference if first else net.prefer(case.batches)
+        before = case.diagnose(preference)
         if not any(item.mistakes for item in before):
-            return _nothing_to_do(net, failures, method, before, batches, time.perf_counter() - began)
-        sites = method.sites(net, batches, preference)
+            return _nothing_to_do(case, method, before, time.perf_counter() - began)
+        sites = method.sites(net, case.batches, preference)
+        if first is None:
+            say_memory(net, method, rows, sites, progress)
         with Trial(net, sites) as trial:
             solver = Solver(net, method, known, sites, trial, progress)
-            others = wordings.of(failures, net.tokenize) if wordings else []
-            rows = [*tokens, *others, *kept]
+            batches = case.batches if rows == [*case.tokens] else net.batches(rows)
             worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
-            if first is None:
-                say_memory(net, method, rows, sites, progress)
-            solver.solve(rows, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
+            solver.solve(batches, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
             seconds = time.perf_counter() - began
-            after, greedy = check(net, tokens)
+            after, greedy = case.check(solver.preferred if batches is case.batches else None)
             check_seconds = time.perf_counter() - began - seconds
             # In other company, or token by token, rounding can turn a near tie round.
             for _ in range(MARGIN_ROUNDS):
@@ -229,25 +227,22 @@ def _attempt(
                     break
                 solver.method = replace(solver.method, margin=solver.method.margin + SPARE_MARGIN)
                 began = time.perf_counter() - seconds
-                everything = net.batches(rows)
-                solver.solve(rows, diagnoses(everything, net.prefer(everything), solver.method.margin))
+                solver.solve(batches, diagnoses(batches, solver.now(batches), solver.method.margin))
                 seconds = time.perf_counter() - began
-                after, greedy = check(net, tokens)
+                after, greedy = case.check()
             changes = trial.changes(solver.deltas)
         outcomes = tuple(
             Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
-            for failure, b, a, same in zip(failures, before, after, greedy, strict=True)
+            for failure, b, a, same in zip(case.failures, before, after, greedy, strict=True)
         )
-        equivalents = seconds / forward_seconds(net, batches)
+        equivalents = seconds / forward_seconds(net, case.batches)
         cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
         return _Attempt(method, outcomes, changes, cost, wordings=wordings)
 
 
-def _nothing_to_do(
-    net: Net, failures: Sequence[Failure], method: Method, found: list[Diagnosis], batches: list[Batch], seconds: float
-) -> _Attempt:
-    outcomes = tuple(Outcome(failure, item.tokens, (), ()) for failure, item in zip(failures, found, strict=True))
-    return _Attempt(method, outcomes, {}, Cost(seconds, seconds / forward_seconds(net, batches), 0.0, 0))
+def _nothing_to_do(case: Case, method: Method, found: list[Diagnosis], seconds: float) -> _Attempt:
+    outcomes = tuple(Outcome(failure, item.tokens, (), ()) for failure, item in zip(case.failures, found, strict=True))
+    return _Attempt(method, outcomes, {}, Cost(seconds, seconds / forward_seconds(case.net, case.batches), 0.0, 0))
 
 
 def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str:
@@ -264,7 +259,7 @@ def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str
 
 
 def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
-    """The time of one plain forward pass over the batches, median of five."""
+    """The time of one plain forward pass over the batches, median of three."""
     times = []
     with torch.inference_mode():
         for _ in range(FORWARDS_TIMED):

@@ -40,7 +40,7 @@ class Cost:
     """Time from the first diagnosis to the last teacher-forced check, and that in forward equivalents.
 
     A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
-    same model, in the same run (median of five). ``check_seconds`` is the greedy decoding afterwards,
+    same model, in the same run (median of three). ``check_seconds`` is the greedy decoding afterwards,
     ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair, and
     ``gate_seconds`` what the gate took beside solving again.
     """

@@ -77,31 +77,36 @@ class Solver:
         }
         self.steps = 0
         self.converged = False  # whether the last problem ended because nothing was left to do
+        self.preferred: Preference | None = None  # in the batches of the last solve; None where that was not read
 
-    def solve(self, tokens: Sequence[Tokens], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
+    def now(self, batches: Sequence[Batch]) -> Preference:
+        """What is preferred now in the batches that were solved."""
+        return self.preferred if self.preferred is not None else self.net.prefer(batches)
+
+    def solve(self, batches: Sequence[Batch], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
         """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``."""
-        if _one_problem(self.method, len(tokens)):
-            self._run(self.net.batches(tokens), first=first)
+        if _one_problem(self.method, len(found)):
+            self._run(batches, first=first)
             return
         work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
-        batches = self.net.batches(tokens)
-        best, kept = -1, self.deltas
+        best, kept, preferred = -1, self.deltas, None
         for _ in range(self.method.rounds if self.method.early else 1):
             start = self.deltas
             for number, item in enumerate(found):
                 self.progress("failures", number, len(found))
                 if item.mistakes:
                     work(item.tokens)
-            found = diagnoses(batches, self.net.prefer(batches), self.method.margin)
+            self.preferred = self.net.prefer(batches)
+            found = diagnoses(batches, self.preferred, self.method.margin)
             right = sum(not item.mistakes for item in found)
             if right > best:
-                best, kept = right, self.deltas
+                best, kept, preferred = right, self.deltas, self.preferred
             self.converged = self.method.early and right == len(found)
             if self.converged:
                 return
             if self.deltas is start:  # another round would do the same again
                 break
-        self.deltas = kept
+        self.deltas, self.preferred = kept, preferred
         self.trial.write(kept)
 
     def _one(self, tokens: Tokens) -> None:
@@ -135,16 +140,18 @@ class Solver:
         several = sum(len(batch.tokens) for batch in batches) > 1 and method.early
         start = self.deltas
         best, kept, memory = -1, start, earlier
+        preferred: Preference | None = None  # with ``kept``
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
             if first is None:
                 reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
             else:
                 reading, first = first, None
+            self.preferred = reading.preference
             if several:
                 right = _right(batches, reading.preference)
                 if right > best:
-                    best, kept = right, self.deltas
+                    best, kept, preferred = right, self.deltas, reading.preference
             self.converged = reading.done
             if self.converged:
                 return memory
@@ -155,16 +162,16 @@ class Solver:
             answer = method.solve(problem)
             self.deltas, memory = answer.deltas, answer.memory
             self.trial.write(self.deltas)
-            self.steps += 1
+            self.steps, self.preferred = self.steps + 1, None
         if not several and not method.undoes:
             return memory
-        now = self.net.prefer(batches)
+        now = self.preferred = self.net.prefer(batches)
         if method.undoes:
-            kept, worse = start, not now.holds(focus, method.margin)
+            kept, preferred, worse = start, None, not now.holds(focus, method.margin)
         else:
             worse = _right(batches, now) < best
         if worse:
-            self.deltas = kept
+            self.deltas, self.preferred = kept, preferred
             self.trial.write(kept)
         return earlier if worse and method.undoes else memory
 
@@ -177,14 +184,15 @@ def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites,
 
 
 def first_reading(net: Net, method: Method, batches: Sequence[Batch], progress: Progress) -> Reading | None:
-    """The reading that a method's first step on one failure is solved from, with what is preferred before the repair.
+    """The reading that a method's first step is solved from, with what is preferred before the repair.
 
     None where the method has to know the mistakes first, or looks at them one by one.
     """
-    sites = method.fixed_sites(net) if _one_problem(method, 1) else None
+    tokens = [item for batch in batches for item in batch.tokens]
+    sites = method.fixed_sites(net) if _one_problem(method, len(tokens)) else None
     if sites is None:
         return None
-    say_memory(net, method, batches[0].tokens, sites, progress)
+    say_memory(net, method, tokens, sites, progress)
     return method.read(net, batches, sites, None, _margin(method))
 
 

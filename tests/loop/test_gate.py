@@ -251,7 +251,7 @@ def test_memory_is_checked_even_where_the_solve_does_not_keep_it(monkeypatch: py
     assert first is not None
     between = State.of(net)
     real = loop._attempt
-    monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:6]))
+    monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:5]))
     wild, refused = Star(learning_rate=1.0, epochs=100), 0
     for failure in MORE:
         broke = repair(net, [failure], wild, ONE)

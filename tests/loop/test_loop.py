@@ -241,3 +241,31 @@ def test_star_repairs_real_failures_together(shared: Path) -> None:
     rows = read_failures(shared / "data" / "conala.dev.jsonl", r"# {prompt}\n{target}\n", limit=8)
     result = repair(net, rows, reference=TEXT)
     assert result.repaired == result.failing > 5
+
+
+# What one plain repair of one failure costs in passes: before the repair, in each step, after the last one.
+PASSES = {
+    "star": (method_named("star"), 2, 1, 1),  # diagnosis and attribution; the reading that finds nothing left
+    "sgd paper": (method_named("sgd", "paper"), 0, 1, 1),  # the first reading is the diagnosis; the check
+    "finetune": (method_named("finetune"), 0, 1, 1),
+    "minkl": (method_named("minkl", None, margin=0.0), 0, 1, 1),
+    "minkl last": (method_named("minkl", None, layers="last"), 0, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_of_a_repair_answers_a_question_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diagnosed once before, read once a step, checked once after; then greedy text, the unit of time, the record."""
+    method, before, each, after = PASSES[name]
+    net = oracle_models.net()
+    list(repair_each(net, FAILURES[:1], method))  # statistics are kept from here on
+    passes: list[int] = []
+    real, timed = Net.logits_and_states, loop.forward_seconds
+    monkeypatch.setattr(Net, "logits_and_states", lambda *given: (passes.append(1), real(*given))[1])
+    monkeypatch.setattr(loop, "forward_seconds", lambda *given: (passes.append(0), timed(*given))[1])
+    monkeypatch.setattr(Net, "generate", lambda _, tokens: [item.target for item in tokens])
+    (result,) = repair_each(net, FAILURES[:1], method)
+    assert result.failing == 1
+    taught = sum(passes[: passes.index(0)])
+    assert taught == before + each * result.cost.steps + after
+    assert sum(passes) == taught, "nothing is read after the check"

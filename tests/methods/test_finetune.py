@@ -41,7 +41,9 @@ def test_a_second_problem_starts_afresh_on_what_the_first_left(kind: type[FineTu
     """Two failures in turn are as two patches one after the other, each with an optimiser of its own."""
     net = oracle_models.net()
     method = kind(learning_rate=0.01, mode="batch", epochs=3, early=False)
-    both = loop._attempt(net, FAILURES[:2], method, Known.of(net, method, None, loop.quiet), loop.quiet, None).changes
+    both = loop._attempt(
+        loop.Case.of(net, FAILURES[:2]), method, Known.of(net, method, None, loop.quiet), loop.quiet, None
+    ).changes
     summed: dict[int, torch.Tensor] = {}
     with ExitStack() as applied:
         for failure in FAILURES[:2]:

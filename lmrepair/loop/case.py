@@ -1,0 +1,44 @@
+"""Failures tokenised and batched once: what the loop, the solver, the check and the gate hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmrepair.diagnosis import Diagnosis, diagnoses
+from lmrepair.failures import Failure, Tokens
+from lmrepair.model import Batch, Net, Preference, settled
+
+
+@dataclass(frozen=True)
+class Case:
+    """Failures as a net reads them: their ``tokens``, and the ``batches`` that hold these in order."""
+
+    net: Net
+    failures: tuple[Failure, ...]
+    tokens: tuple[Tokens, ...]
+    batches: tuple[Batch, ...]
+
+    @staticmethod
+    def of(net: Net, failures: Sequence[Failure]) -> Case:
+        """Raises FailuresError or ModelError for failures that do not fit the model."""
+        tokens = net.tokenize(failures)
+        return Case(net, tuple(failures), tuple(tokens), tuple(net.batches(tokens)))
+
+    def only(self, chosen: Sequence[int]) -> Case:
+        """The case of some of the failures, by their indices in order."""
+        if len(chosen) == len(self.failures):
+            return self
+        tokens = tuple(self.tokens[index] for index in chosen)
+        return Case(self.net, tuple(self.failures[i] for i in chosen), tokens, tuple(self.net.batches(tokens)))
+
+    def diagnose(self, known: Preference | None = None) -> list[Diagnosis]:
+        """Mistakes of every failure; without a forward pass where it is ``known`` what the net prefers now."""
+        return diagnoses(self.batches, known if known is not None else self.net.prefer(self.batches))
+
+    def check(self, known: Preference | None = None) -> tuple[list[Diagnosis], list[bool]]:
+        """The diagnosis, and whether greedy decoding gives each target (False, untried, after a mistake)."""
+        with settled(self.net.model):
+            found = self.diagnose(known)
+            made = iter(self.net.generate([item.tokens for item in found if not item.mistakes]))
+            return found, [not item.mistakes and next(made) == item.tokens.target for item in found]
