@@ -22,7 +22,7 @@ ROOMS = {
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format patch folder",
-    "measure": "plain intervals texts answer drift effects grid verification summary",
+    "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate judge search case solver outcome loop alone",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
     "cli": "options render render_measures bars demo study main",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lmrepair.bench.grid_file import EMBEDDED, Cell, DriftSpec, Job
 from lmrepair.bench.in_turn import cumulative
 from lmrepair.bench.machine import Peak, machine, versions
 from lmrepair.bench.records import (
-    clean,
+    DIGITS,
     cost_data,
     effect_data,
     failure_data,
@@ -44,6 +44,7 @@ from lmrepair.measure import (
     grid_effects,
     measure_drift,
     neighbours,
+    plain,
     probes,
     read_grid,
     side_effects,
@@ -92,7 +93,7 @@ def measure(job: Job) -> dict[str, Any]:
         "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
         "machine": machine(net.device),
         "versions": versions(),
-        **clean(found),
+        **plain(found, DIGITS),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -310,7 +311,7 @@ class _Study:
         for reference in self.references if held else ():
             drifts = measure_drift(self.net, [patch for _, patch in held], reference)
             for (record, _), drift in zip(held, drifts, strict=True):
-                record.setdefault("drift", {})[reference.name.split("@")[0]] = asdict(drift)
+                record.setdefault("drift", {})[reference.name.split("@")[0]] = plain(drift)
 
 
 def _size(reference: Reference) -> int:

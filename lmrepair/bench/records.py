@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from lmrepair.bench.in_turn import Point
 from lmrepair.failures import Failure
 from lmrepair.loop import Outcome, Repair
-from lmrepair.measure import Answer, Effect, GridEffects, corpus_bleu, decoder, greedy_texts, teacher_texts, text_scores
+from lmrepair.measure import (
+    Answer,
+    Effect,
+    GridEffects,
+    corpus_bleu,
+    decoder,
+    greedy_texts,
+    plain,
+    teacher_texts,
+    text_scores,
+)
 from lmrepair.model import Net
 from lmrepair.patch import Patch
 
@@ -69,11 +78,11 @@ def answer_data(net: Net, answer: Answer) -> dict[str, Any]:
         "rank": list(answer.rank),
         "gap": [round(gap, 4) for gap in answer.gap],
         "preferred": preferred,
-        "teacher": {"token_match": answer.match, **asdict(text_scores(preferred, target))},
+        "teacher": {"token_match": answer.match, **plain(text_scores(preferred, target))},
     }
     for written, wanted in greedy_texts(net, [answer]):
         found |= {"written_ids": list(answer.written or ()), "written": written}
-        found["greedy"] = asdict(text_scores(written, wanted))
+        found["greedy"] = plain(text_scores(written, wanted))
     return found
 
 
@@ -103,7 +112,7 @@ def heldout_change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | 
 
 def effect_data(effect: Effect) -> dict[str, Any]:
     """An effect with its change, figure by figure."""
-    found = asdict(effect)
+    found: dict[str, Any] = plain(effect)
     found["change"] = {key: found["after"][key] - value for key, value in found["before"].items()}
     return found
 
@@ -120,13 +129,13 @@ def point_data(point: Point) -> dict[str, Any]:
         "repaired": point.repaired,
         "holding": point.holding,
         "right": point.right,
-        "heldout": asdict(point.held_out) if point.held_out else None,
-        "drift": {name.split("@")[0]: asdict(drift) for name, drift in point.drift.items()},
+        "heldout": plain(point.held_out) if point.held_out else None,
+        "drift": {name.split("@")[0]: plain(drift) for name, drift in point.drift.items()},
     }
 
 
 def cost_data(one: Repair, memory: int | None) -> dict[str, Any]:
-    return {**asdict(one.cost), "peak_memory": memory}
+    return {**plain(one.cost), "peak_memory": memory}
 
 
 def patch_data(net: Net, patch: Patch | None) -> dict[str, Any]:
@@ -135,14 +144,3 @@ def patch_data(net: Net, patch: Patch | None) -> dict[str, Any]:
         return {"layers": 0, "neurons": 0, "parameters": 0, "bytes": 0}
     parameters = patch.neurons * net.hidden
     return {"layers": patch.layers, "neurons": patch.neurons, "parameters": parameters, "bytes": patch.size}
-
-
-def clean(value: Any) -> Any:
-    """Plain values for JSON: floats to DIGITS significant digits, None for what is no finite number."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    return value

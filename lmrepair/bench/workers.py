@@ -11,12 +11,13 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 from lmrepair.errors import LmrepairError, UsageError
 
@@ -36,36 +37,12 @@ class Ended:
         return self.result is None and self.error is None
 
 
-class Workers(Protocol):
-    """Workers that take one job each."""
+class Workers(ABC):
+    """Workers that take one job each, and which of them are at it."""
 
-    @property
-    def free(self) -> int: ...
-    @property
-    def busy(self) -> int: ...
-    def submit(self, job: Any) -> None: ...
-    def wait(self) -> Iterable[Ended]:
-        """Wait until at least one job has ended."""
-        ...
-
-    def close(self) -> None:
-        """Stop all workers now, whatever they are doing."""
-        ...
-
-
-class Processes:
-    """Processes on this machine, one job at a time each; they end when this process does, killed or not."""
-
-    def __init__(self, work: Work, count: int) -> None:
-        self._work = work
-        self._context = multiprocessing.get_context("spawn")
-        self._idle = [self._start() for _ in range(count)]
-        self._running: dict[Future[dict[str, Any]], tuple[tuple[ProcessPoolExecutor, Connection], Any]] = {}
-
-    def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
-        ours, theirs = self._context.Pipe()
-        # A pool of one: when its process dies, it is known which job was on it.
-        return ProcessPoolExecutor(1, self._context, initializer=_until_closed, initargs=(theirs,)), ours
+    def __init__(self, idle: Sequence[Any]) -> None:
+        self._idle = list(idle)
+        self._running: dict[Any, tuple[Any, Any]] = {}  # what stands for a job that is running → worker, job
 
     @property
     def free(self) -> int:
@@ -77,7 +54,36 @@ class Processes:
 
     def submit(self, job: Any) -> None:
         worker = self._idle.pop()
-        self._running[worker[0].submit(self._work, job)] = worker, job
+        self._running[self._send(worker, job)] = worker, job
+
+    @abstractmethod
+    def _send(self, worker: Any, job: Any) -> Any:
+        """Start a job; what stands for it while it runs."""
+
+    @abstractmethod
+    def wait(self) -> list[Ended]:
+        """Wait until at least one job has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop all workers now, whatever they are doing."""
+
+
+class Processes(Workers):
+    """Processes on this machine, one job at a time each; they end when this process does, killed or not."""
+
+    def __init__(self, work: Work, count: int) -> None:
+        self._work = work
+        self._context = multiprocessing.get_context("spawn")
+        super().__init__([self._start() for _ in range(count)])
+
+    def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
+        ours, theirs = self._context.Pipe()
+        # A pool of one: when its process dies, it is known which job was on it.
+        return ProcessPoolExecutor(1, self._context, initializer=_until_closed, initargs=(theirs,)), ours
+
+    def _send(self, worker: Any, job: Any) -> Future[dict[str, Any]]:
+        return cast("Future[dict[str, Any]]", worker[0].submit(self._work, job))
 
     def wait(self) -> list[Ended]:
         ended = []
@@ -122,7 +128,7 @@ def _until_closed(theirs: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class RayActors:
+class RayActors(Workers):
     """Actors on a Ray cluster, one job at a time each. An actor that dies is started again by Ray, on any node.
 
     Jobs are not retried by Ray: with retries on the task, one job that kills its process kills the actor
@@ -136,20 +142,10 @@ class RayActors:
         # Ray hides the GPUs from an actor that asks for none.
         gpus = min(1.0, self._ray.cluster_resources().get("GPU", 0.0) / count) if on_gpu else 0.0
         made = self._ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
-        self._idle: list[Any] = [made.remote(work) for _ in range(count)]
-        self._running: dict[Any, tuple[Any, Any]] = {}
+        super().__init__([made.remote(work) for _ in range(count)])
 
-    @property
-    def free(self) -> int:
-        return len(self._idle)
-
-    @property
-    def busy(self) -> int:
-        return len(self._running)
-
-    def submit(self, job: Any) -> None:
-        actor = self._idle.pop()
-        self._running[actor.run.remote(job)] = actor, job
+    def _send(self, worker: Any, job: Any) -> Any:
+        return worker.run.remote(job)
 
     def wait(self) -> list[Ended]:
         ended = []

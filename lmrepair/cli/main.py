@@ -46,7 +46,6 @@ from lmrepair.cli.options import (
 from lmrepair.cli.render import (
     diagnosis_data,
     diagnosis_text,
-    drift_data,
     drift_text,
     patch_data,
     patch_text,
@@ -56,7 +55,7 @@ from lmrepair.cli.render import (
 from lmrepair.cli.render_measures import measures_data, measures_text
 from lmrepair.cli.study import bench, report
 from lmrepair.errors import LmrepairError
-from lmrepair.measure import visible
+from lmrepair.measure import plain, visible
 from lmrepair.methods import DEFAULT
 
 if TYPE_CHECKING:
@@ -272,7 +271,7 @@ def verify(
         "failures": len(result.diagnoses),
         "repaired": result.repaired,
         "restored": result.restored,
-        "drift": drift_data(result.drift),
+        "drift": plain(result.drift),
     }
     held = f"{result.repaired} of {len(result.diagnoses)} failures"
     lines = [
@@ -390,7 +389,7 @@ def _silent(_: str) -> None:
 
 def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(data, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
     else:
         for line in lines:
             print(line)

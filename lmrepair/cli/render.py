@@ -6,12 +6,11 @@ which could drive a terminal, are spelled out, and nothing is read as markup.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmrepair.measure import visible
+from lmrepair.measure import plain, visible
 
 if TYPE_CHECKING:
     from lmrepair.diagnosis import Diagnosis, Mistake
@@ -22,23 +21,8 @@ if TYPE_CHECKING:
 Decode = Callable[[int], str]
 
 
-def drift_data(drift: Drift | None) -> dict[str, Any] | None:
-    if drift is None:
-        return None
-    both = {"perplexity_before": drift.perplexity_before, "perplexity_after": drift.perplexity_after}
-    finite = {name: value if math.isfinite(value) else None for name, value in both.items()}
-    return {"kl": drift.kl, "agreement": drift.agreement, "tokens": drift.tokens, **finite}
-
-
 def mistake_data(mistake: Mistake, decode: Decode) -> dict[str, Any]:
-    return {
-        "position": mistake.position,
-        "wanted": mistake.wanted,
-        "said": mistake.said,
-        "gap": mistake.gap,
-        "wanted_text": decode(mistake.wanted),
-        "said_text": decode(mistake.said),
-    }
+    return {**plain(mistake), "wanted_text": decode(mistake.wanted), "said_text": decode(mistake.said)}
 
 
 def diagnosis_data(model: str, found: Sequence[Diagnosis], decode: Decode) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmrepair.measure import visible
+from lmrepair.measure import plain, visible
 
 if TYPE_CHECKING:
     from lmrepair.measure import Grid, Measures
@@ -27,47 +26,38 @@ SCORES = (
 
 def measures_data(model: str, found: Measures, grid: Grid | None, patch: str | None) -> dict[str, Any]:
     """What ``evaluate --json`` prints; a figure that is no finite number is null."""
-    data = {
+    data: dict[str, Any] = {
         "model": model,
         "patch": patch,
         "failures": found.before.failures,
         "patched": found.patched,
-        "scores": {"before": asdict(found.before), "after": found.after and asdict(found.after)},
-        "match_by_failure": asdict(found.matches),
-        "side_effects": found.side_effects and asdict(found.side_effects),
+        "scores": {"before": found.before, "after": found.after},
+        "match_by_failure": found.matches,
+        "side_effects": found.side_effects,
         "held_out": None
         if found.held_out is None
         else {
-            "before": asdict(found.held_out.before),
-            "after": asdict(found.held_out.after[0]) if found.held_out.after else None,
+            "before": found.held_out.before,
+            "after": found.held_out.after[0] if found.held_out.after else None,
         },
         "perplexity": [
             {"kind": kind, "perplexity": drift.perplexity_before, "tokens": drift.tokens}
             for kind, drift in found.drift.items()
         ],
-        "drift": [{"kind": kind, **asdict(drift)} for kind, drift in found.drift.items()] if patch else [],
+        "drift": [{"kind": kind, **plain(drift)} for kind, drift in found.drift.items()] if patch else [],
         "grid": None,
     }
     if found.grid is not None and grid is not None:
         data["grid"] = {
-            **asdict(found.grid),
+            **plain(found.grid),
             "count": len(grid.cells),
             "cells": [
-                {**asdict(cell), "knowledge": grid.knowledge[cell.g], "wording": grid.wordings[cell.s]}
+                {**plain(cell), "knowledge": grid.knowledge[cell.g], "wording": grid.wordings[cell.s]}
                 for cell in found.grid.cells
             ],
         }
-    plain: dict[str, Any] = _plain(data)
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    shown: dict[str, Any] = plain(data)
+    return shown
 
 
 def measures_text(data: dict[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         read_grid as read_grid,
     )
     from lmrepair.measure.intervals import Interval as Interval, bootstrap as bootstrap, paired as paired
-    from lmrepair.measure.plain import visible as visible
+    from lmrepair.measure.shown import plain as plain, visible as visible
     from lmrepair.measure.summary import Material as Material, Measures as Measures, measure as measure
     from lmrepair.measure.texts import corpus_bleu as corpus_bleu, text_scores as text_scores
     from lmrepair.measure.verification import verify as verify

@@ -179,7 +179,7 @@ def test_the_command(run: Run, failures: Path, tmp_path: Path) -> None:
 def embedded() -> Path:
     from importlib.resources import files as resources
 
-    return Path(str(resources("lmrepair") / "embedded" / "model"))
+    return Path(str(resources("lmrepair") / "model" / "embedded" / "model"))
 
 
 def test_without_the_extra_the_command_says_which(
