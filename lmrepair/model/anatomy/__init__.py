@@ -1,0 +1,16 @@
+"""Where a causal language model is made: its head, its final norm and its FFN output projections.
+
+Everything is found by shape and by behaviour on a short probe; there is no table of model names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find
+    from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
+
+__getattr__, __dir__ = door(__name__)

@@ -1,0 +1,81 @@
+"""The final norm: the module that makes what the head reads, and the gain by which it multiplies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lmrepair.errors import ModelError
+from lmrepair.model.anatomy.probe import Probe, weight
+
+FAR = 100.0  # times the length of a state: a norm puts out the same
+
+
+def could_be_norms(model: nn.Module) -> list[nn.Module]:
+    """Modules with a gain, and leaves without parameters: some norms have none."""
+    found = []
+    for part in model.modules():
+        gain = getattr(part, "weight", None)
+        bare = not any(True for _ in part.children()) and not any(True for _ in part.parameters())
+        if bare or (isinstance(gain, Tensor) and weight(part).dim() == 1):
+            found.append(part)
+    return found
+
+
+def final_norm(probe: Probe, state: Tensor, last: nn.Module, hidden: int) -> tuple[Tensor, nn.Module | None]:
+    """The gain [hidden] (float32), and the norm, if the head reads just what it writes.
+
+    ``state`` is what the head reads, ``last`` the last block. Raises ModelError where the state is
+    neither a norm of something nor what the last block put out.
+    """
+    for norm, output in reversed(probe.norms):
+        scale = _scale(state, output)
+        gain = None if scale is None else _gain(norm, hidden)
+        if scale is not None and gain is not None:
+            return scale * gain, norm if torch.equal(output, state) else None
+    made = probe.clean[last][-1].made
+    if made.shape == state.shape and torch.equal(made, state):
+        return torch.ones(hidden), None
+    # A norm that is a function and no module has no gain.
+    for plain in _normalised(made):
+        scale = _scale(state, plain)
+        if scale is not None:
+            return scale * torch.ones(hidden), None
+    raise ModelError("no final norm found: expected the head to read the last state, or a norm of it")
+
+
+def _scale(state: Tensor, output: Tensor) -> float | None:
+    """The number by which the output was multiplied to make the state, or None if it was not made so."""
+    if output.shape != state.shape or not output.is_floating_point():
+        return None
+    given, made = state.float(), output.float()
+    scale = float((given * made).sum() / made.pow(2).sum().clamp(min=1e-30))
+    near = torch.allclose(given, scale * made, rtol=1e-2, atol=1e-3 * float(given.abs().max()))
+    return scale if near and scale > 0 else None
+
+
+def _normalised(state: Tensor) -> Sequence[Tensor]:
+    values = state.float()
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return [x / x.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6) for x in (values, centred)]
+
+
+def _gain(norm: nn.Module, hidden: int) -> Tensor | None:
+    """What a norm multiplies a normalised state by, [hidden], measured on it; None for what is no norm."""
+    # On ±x of mean zero, layer norm and RMS norm agree, and half the difference has no bias left.
+    x = torch.ones(hidden)
+    x[1::2] = -1.0
+    if hidden % 2:
+        x[-3:] = torch.tensor([1.0, 1.0, -2.0])
+    norm = copy.deepcopy(norm).float().cpu()
+    try:
+        near, far = (norm(torch.stack([x, -x])[None] * size)[0].float() for size in (FAR, FAR * FAR))
+    except (TypeError, RuntimeError, ValueError, IndexError):  # a bare leaf may want something else than states
+        return None
+    if near.shape != (2, hidden) or not torch.allclose(near, far, rtol=1e-2, atol=1e-2 * float(near.abs().max())):
+        return None
+    gain: Tensor = (near[0] - near[1]) / 2 / (x / x.pow(2).mean().sqrt())
+    return gain

@@ -1,0 +1,221 @@
+"""A short text run through a model: once as it is, then with every block on its own and something changed in each.
+
+In a changed run every block hands its output of the first run to the next, so that what is changed in a
+block shows in that block alone: one run asks the same question of all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lmrepair.errors import ModelError
+
+LENGTH, POSITION = 8, 3  # of the probe, and where it is nudged
+NUDGE = 4.0  # in units of the root mean square of what is nudged
+NEGLIGIBLE = 1e-3  # share of the largest change below which a position counts as unchanged
+
+Change = Callable[[Tensor], Tensor]
+Runs = Mapping[nn.Module, Sequence["Seen"]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module was given first and what it returned first, in one call."""
+
+    given: Tensor
+    made: Tensor
+
+
+def weight(module: nn.Module) -> Tensor:
+    """A module's weight, as stored, without gradients."""
+    found: Tensor = module.weight.detach()  # type: ignore[operator]
+    return found
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a matrix that a repair could write to."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def matrices(block: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name inside the block → matrix, in the order in which the block holds them."""
+    return {name: part for name, part in block.named_modules() if is_matrix(part)}
+
+
+class Probe:
+    """One short text, and what the watched parts of a model saw of it: module → its calls, in order."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, blocks: Sequence[nn.Module], norms: Sequence[nn.Module]):
+        """Run it once. Raises ModelError for a model that does not take plain token ids or returns no logits."""
+        self.model, self.head = model, head
+        device = weight(head).device
+        vocabulary = min(len(weight(head)), _embedded(model))
+        self.ids = ((torch.arange(LENGTH) * 7 + 5) % vocabulary)[None].to(device)
+        self.norms: list[tuple[nn.Module, Tensor]] = []  # in the order in which they ran
+        self.clean: dict[nn.Module, list[Seen]] = {}
+        parts = [part for block in blocks for part in matrices(block).values()]
+        with ExitStack() as hooks:
+            for part in dict.fromkeys([*parts, head, *blocks]):
+                hooks.enter_context(_hooked(part, lambda part, seen: self.clean.setdefault(part, []).append(seen)))
+            for norm in norms:
+                hooks.enter_context(_hooked(norm, lambda norm, seen: self.norms.append((norm, seen.made))))
+            self.logits = self.forward(self.ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [1, T, V] of token ids [1, T]."""
+        try:
+            output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+            raise ModelError(f"the model does not run on plain token ids ({error}); expected a causal LM") from error
+        if not isinstance(getattr(output, "logits", None), Tensor):
+            raise ModelError("the model returns no logits; expected a causal language model")
+        logits: Tensor = output.logits
+        return logits
+
+    def rerun(
+        self,
+        blocks: Sequence[nn.Module],
+        changes: Mapping[nn.Module, Change],
+        *,
+        held: bool,
+        stream: Change | None = None,
+    ) -> Runs:
+        """The calls of the blocks and their matrices, each block on its own, with some matrices' outputs changed.
+
+        ``held``: every matrix puts out what it did in the first run, so that a change reaches only what
+        reads it directly. ``stream`` changes what the blocks are given.
+        """
+        found: dict[nn.Module, list[Seen]] = {}
+        parts = dict.fromkeys(part for block in blocks for part in matrices(block).values())
+
+        def matrix(part: nn.Module, seen: Seen) -> Tensor | None:
+            calls = found.setdefault(part, [])
+            before = self.clean[part][min(len(calls), len(self.clean[part]) - 1)].made
+            calls.append(seen)
+            made = (before if held and before.shape == seen.made.shape else seen.made).clone()
+            return changes[part](made) if part in changes else made
+
+        def isolate(block: nn.Module, seen: Seen) -> Tensor:
+            calls = found.setdefault(block, [])
+            calls.append(seen)
+            return self.clean[block][min(len(calls), len(self.clean[block])) - 1].made.clone()
+
+        with ExitStack() as hooks:
+            for part in parts:
+                if part in self.clean:
+                    hooks.enter_context(_hooked(part, matrix))
+            for block in dict.fromkeys(blocks):
+                hooks.enter_context(_hooked(block, isolate))
+                if stream is not None:
+                    hooks.enter_context(_fed(block, stream))
+            self.forward(self.ids)
+        return found
+
+
+def by_position(tensor: Tensor) -> Tensor | None:
+    """[LENGTH, width] of what a module saw, or None where it did not see every position once."""
+    if tensor.dim() == 0 or tensor.numel() == 0 or tensor.numel() // tensor.shape[-1] != LENGTH:
+        return None
+    return tensor.reshape(LENGTH, -1).float()
+
+
+def changed(now: Tensor, before: Tensor) -> list[int] | None:
+    """The positions at which a tensor differs from what it was, or None where it has no positions."""
+    new, old = by_position(now), by_position(before)
+    if new is None or old is None or new.shape != old.shape:
+        return None
+    change = (new - old).abs().amax(dim=1)
+    largest = float(change.max())
+    return [at for at in range(LENGTH) if change[at] > NEGLIGIBLE * largest] if largest > 0 else []
+
+
+def nudge(tensor: Tensor, phase: float = 0.0) -> Tensor:
+    """The tensor with its values at POSITION moved, by a pattern that is the same in every run."""
+    flat = tensor.reshape(-1, tensor.shape[-1]).clone()
+    moved = pattern(flat, phase) * flat.float().pow(2).mean().sqrt().clamp(min=1e-3)
+    flat[POSITION] += (NUDGE * moved).to(flat.dtype)
+    return flat.reshape(tensor.shape)
+
+
+def pattern(tensor: Tensor, phase: float = 0.0) -> Tensor:
+    """Values in [−1, 1] along a tensor's last dimension, float32."""
+    return torch.cos(torch.arange(tensor.shape[-1], device=tensor.device) * 1.7 + 0.3 + phase)
+
+
+def first_infinite(model: nn.Module, run: Callable[[], object]) -> str:
+    """The name of the first part whose output is not finite while ``run`` runs the model; empty if none is."""
+    found: list[str] = []
+    with ExitStack() as hooks:
+        for name, part in model.named_modules():
+
+            def look(_: nn.Module, seen: Seen, name: str = name) -> None:
+                if not found and seen.made.is_floating_point() and not bool(seen.made.isfinite().all()):
+                    found.append(name)
+
+            if not any(True for _ in part.children()):
+                hooks.enter_context(_hooked(part, look))
+        run()
+    return found[0] if found else ""
+
+
+def _embedded(model: nn.Module) -> int:
+    """How many tokens the model has an embedding for (a head may be wider)."""
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getattr(getter() if getter else None, "weight", None)
+    return len(table) if isinstance(table, Tensor) and table.dim() == 2 else 1 << 62
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The first tensor of what a module was given or returned."""
+    if isinstance(value, Tensor):
+        return value
+    found = [part for part in value if isinstance(part, Tensor)] if isinstance(value, tuple | list) else []
+    return found[0] if found else None
+
+
+@contextmanager
+def _hooked(part: nn.Module, see: Callable[[nn.Module, Seen], Tensor | None]) -> Iterator[None]:
+    """Have ``see`` look at every call of a module, and put what it returns, if anything, in the output's place."""
+
+    def ran(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        made = _tensor(output)
+        if made is None:
+            return None
+        given = _tensor([*arguments, *keywords.values()])
+        # Copies: some models add to what a module returned in place.
+        new = see(module, Seen((made if given is None else given).clone(), made.clone()))
+        if new is None:
+            return None
+        return type(output)([new, *output[1:]]) if isinstance(output, tuple | list) else new
+
+    handle = part.register_forward_hook(ran, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _fed(block: nn.Module, change: Change) -> Iterator[None]:
+    """Change the first tensor that a block is given."""
+
+    def fed(_: nn.Module, arguments: Any, keywords: Any) -> Any:
+        given = _tensor([*arguments, *keywords.values()])
+
+        def swapped(value: Any) -> Any:
+            return change(given) if given is not None and value is given else value
+
+        return tuple(map(swapped, arguments)), {name: swapped(value) for name, value in keywords.items()}
+
+    handle = block.register_forward_pre_hook(fed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
