@@ -18,17 +18,18 @@ PACKAGE = ROOT / "lmrepair"
 ROOMS = {
     "errors": "",
     "failures": "files rows tokens wordings reference protected",
-    "model": "progress anatomy batches net loading digests edit moments statistics",
+    "model": "progress anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format patch folder",
     "measure": "shown intervals texts answer drift effects grid verification summary",
-    "loop": "gate judge search case solver outcome loop alone",
+    "loop": "gate untouched judge search case solver outcome loop alone",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
     "cli": "options render render_measures bars demo study main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
+    "model.anatomy": "probe norm projections places",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
     "bench.report": "results figures tables plots page",

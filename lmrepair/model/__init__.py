@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         take as take,
         uninterrupted as uninterrupted,
     )
+    from lmrepair.model.head import Head as Head
     from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly
     from lmrepair.model.moments import (
         Asked as Asked,

@@ -118,14 +118,19 @@ class Net:
         logits, _ = self.logits_and_states(batch, rows)
         return logits
 
-    def logits_and_states(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph."""
+    def logits_and_states(
+        self, batch: Batch, rows: Tensor | None = None, shown: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph.
+
+        ``shown``: the head is run on so many of the positions only (default: all).
+        """
         chosen = batch.rows if rows is None else rows
         states: list[Tensor] = []
 
         def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(given[0].reshape(-1, given[0].shape[-1])[chosen][None])
-            return (states[0], *given[1:])
+            return (states[0][:, :shown], *given[1:])
 
         handle = self.anatomy.head.register_forward_pre_hook(choose)
         try:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lmrepair.errors import ModelError
 from lmrepair.model.anatomy.norm import could_be_norms, final_norm
-from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, is_matrix, matrices, weight
+from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, is_matrix, weight
 from lmrepair.model.anatomy.projections import projections
 
 
