@@ -30,6 +30,7 @@ ROOMS = {
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
+    "model.edit": "sparse_integers changes trial",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
     "bench.report": "results figures tables plots page",

@@ -15,13 +15,13 @@ from lmrepair.errors import FailuresError, WrongModelError
 from lmrepair.failures import Protected, Reference, Tokens, prompt_ids, read_kinds
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.untouched import Measured, Untouched
-from lmrepair.model import Change, Net, Sites, Trial, fingerprint, settled
+from lmrepair.model import Delta, Edit, Net, Product, Sites, Trial, fingerprint, settled
 from lmrepair.patch import Patch
 
 RESOLUTION = 1 / 64  # of the scale that bisection finds
 GRID = 16  # scales at which it is read which failures hold
 
-Changes = Mapping[int, Change]
+Changes = Mapping[int, Edit]
 
 
 def sites_of(changes: Changes) -> Sites:
@@ -39,7 +39,7 @@ class Scaled:
     @contextmanager
     def on(self, net: Net) -> Iterator[None]:
         with Trial(net, sites_of(self.changes)) as trial:
-            trial.write({layer: change.deltas * self.scale for layer, change in self.changes.items()})
+            trial.write(self._deltas())
             yield
 
     def made(self, net: Net) -> Changes:
@@ -47,7 +47,15 @@ class Scaled:
         if self.scale == 1:
             return self.changes
         with Trial(net, sites_of(self.changes)) as trial:
-            return trial.changes({layer: change.deltas * self.scale for layer, change in self.changes.items()})
+            return trial.changes(self._deltas())
+
+    def _deltas(self) -> dict[int, Delta]:
+        if self.scale == 1:
+            return {layer: change.delta for layer, change in self.changes.items()}
+        return {
+            layer: delta.times(self.scale) if isinstance(delta := change.delta, Product) else delta * self.scale
+            for layer, change in self.changes.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,18 @@ from lmrepair.loop.search import Gated, Search, Solved, best_of, gated, why
 from lmrepair.loop.solver import Known, Solver, first_reading, say_memory
 from lmrepair.loop.untouched import Measured, Untouched, read_fully
 from lmrepair.methods import Method, MinKl
-from lmrepair.model import Batch, Change, Net, Progress as Progress, Statistics, Trial, fingerprint, quiet, settled
+from lmrepair.model import (
+    Batch,
+    Change,
+    Edit,
+    Net,
+    Progress as Progress,
+    Statistics,
+    Trial,
+    fingerprint,
+    quiet,
+    settled,
+)
 from lmrepair.patch import Item, Made, Patch
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
@@ -114,7 +125,7 @@ class _Attempt:
 
     method: Method
     outcomes: tuple[Outcome, ...]
-    changes: Mapping[int, Change]
+    changes: Mapping[int, Edit]
     cost: Cost
     gate: Gated | None = None
     wordings: Wordings | None = None
@@ -144,7 +155,7 @@ class _Attempt:
         gate = self.gate.data() if self.gate is not None else {}
         settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
         made = Made(net.name, self.method.name, settings, {}, versions, gate)
-        changed = {layer: change.columns for layer, change in self.changes.items()}
+        changed = {layer: change.columns for layer, change in self.changes.items() if isinstance(change, Change)}
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 

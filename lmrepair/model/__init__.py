@@ -9,11 +9,18 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import weight as weight
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
-    from lmrepair.model.digests import Fingerprint as Fingerprint, fingerprint as fingerprint
+    from lmrepair.model.digests import Fingerprint as Fingerprint, digest as digest, fingerprint as fingerprint
     from lmrepair.model.edit import (
+        EXPONENT as EXPONENT,
+        SPREAD as SPREAD,
         Change as Change,
+        Delta as Delta,
+        Edit as Edit,
+        LowRank as LowRank,
+        Product as Product,
         Projections as Projections,
         Trial as Trial,
+        patched as patched,
         put as put,
         same_bits as same_bits,
         take as take,
