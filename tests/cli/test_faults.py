@@ -218,8 +218,12 @@ ROW = st.fixed_dictionaries(
         "tool": TEXT,
     },
 )
-CONTENT = st.lists(ROW, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()) | st.binary(max_size=20)
-GIVEN = ["rows", "-", ".", "missing", "patch", "café \udcff"]
+SOUND = st.fixed_dictionaries({"prompt": TEXT, "target": st.sampled_from(["b", "</s>", " hi", "x " * 4000])})
+CONTENT = st.lists(SOUND | ROW, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()) | st.binary(
+    max_size=20
+)
+EXAMPLES = 12
+GIVEN = ["rows", "rows", "-", ".", "missing", "patch", "café \udcff"]
 COMMANDS: list[Callable[[str], list[str]]] = [
     lambda path: ["diagnose", path],
     lambda path: ["diagnose", path, "--json", "--chat"],
@@ -247,7 +251,7 @@ def test_no_row_folder_or_stream_makes_a_traceback(
     Path("sound").write_text('{"prompt": "say", "target": " hi"}\n')
     Path("patch").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
 
-    @settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(CONTENT, st.sampled_from(GIVEN), st.sampled_from(["utf-8", "ascii", "latin-1"]), st.booleans())
     def walk(content: bytes, path: str, encoding: str, closed: bool) -> None:
         Path("rows").write_bytes(content)
