@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lmrepair"
 # Rooms import only rooms above them, and inside a room modules only modules above. A new module gets its name here.
 ROOMS = {
     "errors": "",
-    "failures": "files rows tokens wordings reference protected",
+    "failures": "files sources forms rows chats tokens wordings reference protected",
     "model": "progress anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
@@ -25,7 +25,7 @@ ROOMS = {
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "options render render_measures bars demo study main",
+    "cli": "console faults options render render_measures bars demo study main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door

@@ -182,7 +182,7 @@ def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Fa
 
 
 def _asked(row: Failure) -> str:
-    return row.prompt or str([dict(message) for message in row.messages])
+    return row.shown
 
 
 class _Study:
@@ -328,11 +328,15 @@ def side_data(found: SideEffects) -> dict[str, Any]:
 def solved_before(rows: Sequence[Failure], example: Failure) -> list[Failure]:
     """The rows with a solved example before their prompt (or their messages)."""
     if example.messages:
-        turn = (*example.messages, {"role": "assistant", "content": example.target})
-        return [replace(row, messages=(*turn, *row.messages)) if row.messages else row for row in rows]
+        turns = example.answered()
+        return [replace(row, messages=(*turns, *row.messages)) if row.messages else row for row in rows]
     lead = example.prompt + example.target + ("" if example.target.endswith("\n") else "\n")
     return [
-        replace(row, prompt=lead + row.prompt, paraphrases=tuple(lead + text for text in row.paraphrases))
+        replace(
+            row,
+            prompt=lead + row.prompt,
+            paraphrases=tuple(lead + text for text in row.paraphrases if isinstance(text, str)),
+        )
         for row in rows
     ]
 

@@ -6,8 +6,6 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmrepair.cli.bars import progress_bars
+from lmrepair.cli.console import say, say_json
+from lmrepair.cli.faults import INTERRUPTED, guarded
 from lmrepair.cli.options import (
     SHIPPED,
+    Chat,
     Device,
     Dtype,
+    EndTurn,
     Evaluated,
     Failures,
     GridFile,
@@ -54,7 +56,7 @@ from lmrepair.cli.render import (
 )
 from lmrepair.cli.render_measures import measures_data, measures_text
 from lmrepair.cli.study import bench, report
-from lmrepair.errors import LmrepairError
+from lmrepair.failures import STANDARD_INPUT
 from lmrepair.measure import plain, visible
 from lmrepair.methods import DEFAULT
 
@@ -71,39 +73,32 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-INTERRUPTED = 130
+DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line; every expected error is one line on standard error."""
-    try:
-        code = app(standalone_mode=False)
-        if code == INTERRUPTED:
-            _complain("interrupted; the model is as it was")
-    except LmrepairError as error:
-        code = _complain(str(error))
-    except typer.TyperException as error:
-        text = getattr(error, "format_message", error.__str__)()
-        code = _complain(f"{text} (see lmrepair --help)") if text else 2  # without arguments the help was printed
-    except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted; the model is as it was", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code or 0)
+    """Run the command line; whatever goes wrong is one line on standard error."""
+    given = sys.argv[1:]
+    arguments = [argument for argument in given if argument != DEBUG]
+    sys.exit(guarded(lambda: _run(arguments), debug=len(arguments) < len(given)))
 
 
-def _complain(message: str, code: int = 2) -> int:
-    print(f"lmrepair: error: {visible(message, None)}", file=sys.stderr)
-    return code
+def _run(arguments: Sequence[str]) -> int:
+    code = app(list(arguments), standalone_mode=False)
+    if code == INTERRUPTED:  # typer's own word for Ctrl-C
+        raise KeyboardInterrupt
+    return int(code or 0)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show where an error came from.")] = False,  # noqa: ARG001
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
-        print(f"lmrepair {installed('lmrepair')}")
+        say(f"lmrepair {installed('lmrepair')}")
         raise typer.Exit
 
 
@@ -112,7 +107,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Show the whole way on the model that ships: find mistakes, repair, verify, take back."""
     from lmrepair.cli.demo import run_demo
 
-    data = run_demo(device, _silent if as_json else _show)
+    data = run_demo(device, _silent if as_json else say)
     if as_json:
         _print(data, [], as_json)
     raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
@@ -123,6 +118,8 @@ def diagnose(
     failures: Failures,
     model: Model = None,
     template: Wrap = None,
+    chat: Chat = False,
+    end_turn: EndTurn = True,
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -131,7 +128,7 @@ def diagnose(
     as_json: Json = False,
 ) -> None:
     """List the mistakes a model makes on failures: where it prefers which token to the wanted one."""
-    rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
+    rows, net = _start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
     from lmrepair.diagnosis import diagnose as find
 
     found = find(net, rows)
@@ -157,6 +154,8 @@ def repair(
     protect: Path | None = None,
     memory: list[Path] | None = None,
     template: str | None = None,
+    chat: bool = False,
+    end_turn: bool = True,
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -167,10 +166,10 @@ def repair(
 ) -> None:
     """Repair failures and save the patch: locate the neurons, solve, check, pass the gate, measure the drift."""
     chosen = chosen_method(method, preset, seed, settings)
-    target = output or (None if alone else Path(f"{failures.stem}.patch.safetensors"))
+    target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
     refuse_unwritable(target, alone)
-    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None)
-    rows, net = _start(failures, template, limit, model, device, dtype, seed, trust)
+    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
+    rows, net = _start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
     from lmrepair.diagnosis import diagnose as find
     from lmrepair.failures import read_reference
     from lmrepair.loop import drawn_wordings, repair as repair_together, repair_alone
@@ -200,6 +199,10 @@ def repair(
     raise typer.Exit(0 if _all_right(data) else 1)
 
 
+def _stem(failures: Path) -> str:
+    return "failures" if str(failures) == STANDARD_INPUT else failures.stem
+
+
 def _all_right(data: dict[str, Any]) -> bool:
     return bool(data["repaired"] == data["failing"]) and not any(item["after"] for item in data["items"])
 
@@ -217,6 +220,8 @@ def evaluate(
     grid: GridFile = None,
     no_texts: NoTexts = False,
     template: Wrap = None,
+    chat: Chat = False,
+    end_turn: EndTurn = True,
     limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -231,8 +236,8 @@ def evaluate(
 
     loaded = Patch.load(patch) if patch is not None else None
     material = Material(
-        read_failures(failures, template, limit),
-        read_failures(held_out, template) if held_out is not None else (),
+        read_failures(failures, template, limit, chat, end_turn),
+        read_failures(held_out, template, None, chat, end_turn) if held_out is not None else (),
         read_references(reference or []),
         read_grid(None if grid == SHIPPED else grid) if grid is not None else None,
     )
@@ -344,17 +349,21 @@ def _start(
     failures: Path,
     template: str | None,
     limit: int | None,
+    chat: bool,
+    end_turn: bool,
     model: str | None,
     device: str,
     dtype: str,
     seed: int,
     trust: bool,
 ) -> tuple[list[Failure], Net]:
-    """Read the failures first: what is wrong with them is known before a model is loaded."""
+    """Read the failures first: what is wrong with them is known before a model is loaded, or has worked."""
     from lmrepair.failures import read_failures
 
-    rows = read_failures(failures, template, limit)
-    return rows, _load(model, device, dtype, seed, trust)
+    rows = read_failures(failures, template, limit, chat, end_turn)
+    net = _load(model, device, dtype, seed, trust)
+    net.tokenize(rows)
+    return rows, net
 
 
 def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) -> Net:
@@ -372,15 +381,11 @@ def _dtype(dtype: str, patch: Any) -> str:
 
 
 def _texts(rows: Sequence[Failure]) -> list[tuple[str, str]]:
-    return [(row.prompt or row.messages[-1]["content"], row.target) for row in rows]
+    return [(row.asked, row.target) for row in rows]
 
 
 def _decoder(net: Net) -> Callable[[int], str]:
     return lambda token: str(net.tokenizer.decode([token]))
-
-
-def _show(line: str) -> None:
-    print(line, flush=True)
 
 
 def _silent(_: str) -> None:
@@ -389,10 +394,10 @@ def _silent(_: str) -> None:
 
 def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
+        say_json(data)
     else:
         for line in lines:
-            print(line)
+            say(line)
 
 
 if __name__ == "__main__":

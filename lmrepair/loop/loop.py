@@ -142,7 +142,7 @@ class _Attempt:
         items = tuple(
             Item(
                 outcome.tokens,
-                outcome.failure.prompt or str([dict(message) for message in outcome.failure.messages]),
+                outcome.failure.shown,
                 outcome.failure.target,
                 outcome.repaired,
                 tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.before),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -20,6 +20,8 @@ from lmrepair.failures import Reference, Tokens, write_atomically
 from lmrepair.model.digests import fingerprint
 from lmrepair.model.moments import Asked, Moment, Statistics
 from lmrepair.model.net import TOKENS_AT_ONCE, Net, refuse_infinite, settled
+
+log = logging.getLogger("lmrepair")
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
 TEXTS, LENGTH = 64, 192  # how much text a model writes for its own statistics, in tokens
@@ -66,15 +68,26 @@ def statistics_of(
         with settled(net.model):
             tokens = net.sample(count, length, seed) if count else []
         found = gather(net, [*tokens, *given], asked, name, seed, progress)
-        with suppress(OSError):  # where nothing can be kept they are gathered again next time; the repair goes on
+        try:
             write_atomically(path, _serialise(found, key))
+        except OSError as error:  # the repair goes on
+            log.warning(
+                "statistics cannot be kept in %s (%s) and are gathered again next time; LMREPAIR_CACHE names a folder",
+                path.parent,
+                error.strerror or error,
+            )
     return found
 
 
 def cache_folder() -> Path:
     """Where statistics are kept: LMREPAIR_CACHE, or lmrepair in the user's cache folder."""
     chosen, above = os.environ.get("LMREPAIR_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(chosen) if chosen else (Path(above) if above else Path.home() / ".cache") / "lmrepair"
+    if chosen or above:
+        return Path(chosen) if chosen else Path(str(above)) / "lmrepair"
+    try:
+        return Path.home() / ".cache" / "lmrepair"
+    except RuntimeError:  # a user without a home: no folder at all, where nothing is found and nothing can be kept
+        return Path(os.devnull) / "lmrepair"
 
 
 def _kind(asked: str, width: int) -> str:
