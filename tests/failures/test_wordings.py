@@ -55,14 +55,14 @@ def test_a_chat_is_worded_in_its_last_message_and_gets_no_text_before_it() -> No
     assert chat.asking("other").messages == ({"role": "user", "content": "other"},)
     net = oracle_models.net()
     net.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    found = Wordings(True, ("lead\n",)).of(net, [chat])
+    found = Wordings(True, ("lead\n",)).of([chat], net.tokenize)
     assert [item.prompt for item in found] == [net.tokenize([chat.asking("other")])[0].prompt]
 
 
 def test_what_the_model_has_no_room_for_is_left_out() -> None:
     net = oracle_models.net()
     long = "say " * 400
-    assert Wordings(True, (long + "\n",)).of(net, [replace(FAILURE, paraphrases=(long, "go on"))]) == [
+    assert Wordings(True, (long + "\n",)).of([replace(FAILURE, paraphrases=(long, "go on"))], net.tokenize) == [
         replace(net.tokenize([FAILURE.asking("go on")])[0], id="one.1")
     ]
 
