@@ -24,8 +24,9 @@ ROOMS = {
     "patch": "format patch folder",
     "measure": "plain intervals texts answer drift effects grid verification summary",
     "loop": "gate judge search solver outcome loop alone",
+    "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "options render render_measures bars demo study main",
+    "cli": "options render render_measures render_fix bars demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door

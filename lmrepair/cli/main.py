@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmrepair.cli.bars import progress_bars
+from lmrepair.cli.fix import check, fix
 from lmrepair.cli.options import (
     SHIPPED,
     Device,
@@ -284,8 +285,8 @@ def verify(
     raise typer.Exit(0 if result.verified else 1)
 
 
-app.command()(bench)
-app.command()(report)
+for command in (check, fix, bench, report):
+    app.command()(command)
 
 
 @app.command()
@@ -394,7 +395,3 @@ def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     else:
         for line in lines:
             print(line)
-
-
-if __name__ == "__main__":
-    main()
