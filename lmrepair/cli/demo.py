@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmrepair.cli.render import drift_text
+from lmrepair.cli.output import drift_text
 from lmrepair.diagnosis import diagnose
 from lmrepair.failures import Failure, Tokens, read_failures, read_lines, read_reference, shipped
 from lmrepair.loop import repair

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 
 import typer
 
-from lmrepair.cli.console import drop_output, notes, open_streams, say
+from lmrepair.cli.output import drop_output, notes, open_streams, say
 from lmrepair.errors import LmrepairError
 from lmrepair.measure import visible
 

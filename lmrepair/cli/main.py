@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmrepair.cli.bars import progress_bars
-from lmrepair.cli.console import say, say_json
 from lmrepair.cli.faults import INTERRUPTED, guarded
+from lmrepair.cli.fix import check, fix
 from lmrepair.cli.options import (
     SHIPPED,
     Chat,
@@ -45,16 +44,20 @@ from lmrepair.cli.options import (
     refuse_unwritable,
     with_method_options,
 )
-from lmrepair.cli.render import (
+from lmrepair.cli.output import (
     diagnosis_data,
     diagnosis_text,
     drift_text,
+    measures_data,
+    measures_text,
     patch_data,
     patch_text,
+    progress_bars,
     repair_data,
     repair_text,
+    say,
+    say_json,
 )
-from lmrepair.cli.render_measures import measures_data, measures_text
 from lmrepair.cli.study import bench, report
 from lmrepair.failures import STANDARD_INPUT
 from lmrepair.measure import plain, visible
@@ -288,8 +291,8 @@ def verify(
     raise typer.Exit(0 if result.verified else 1)
 
 
-app.command()(bench)
-app.command()(report)
+for command in (check, fix, bench, report):
+    app.command()(command)
 
 
 @app.command()
@@ -398,7 +401,3 @@ def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     else:
         for line in lines:
             say(line)
-
-
-if __name__ == "__main__":
-    main()

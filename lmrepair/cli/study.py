@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from lmrepair.bench import read_grid
-from lmrepair.cli.console import say, say_json
 from lmrepair.cli.options import Device, Json
+from lmrepair.cli.output import say, say_json
 from lmrepair.errors import UsageError
 from lmrepair.measure import visible
 

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lmrepair import FailuresError, ModelError
 from lmrepair.cli import main
-from lmrepair.cli.console import open_streams, say, say_json
 from lmrepair.cli.faults import Stopped, guarded, verdict
+from lmrepair.cli.output.console import open_streams, say, say_json
 from lmrepair.failures import write_atomically
 from lmrepair.measure import visible
 
