@@ -7,65 +7,36 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmrepair.cli.faults import INTERRUPTED, guarded
 from lmrepair.cli.fix import check, fix
+from lmrepair.cli.measuring import evaluate, show, verify
 from lmrepair.cli.options import (
-    SHIPPED,
-    Chat,
     Device,
     Dtype,
-    EndTurn,
-    Evaluated,
-    Failures,
-    GridFile,
-    HeldOut,
     Json,
-    Kinds,
-    Limit,
-    Model,
     ModelFolder,
-    NoTexts,
     Output,
     PatchFile,
-    Seed,
-    Text,
     Trust,
-    Wrap,
-    chosen_gate,
-    chosen_method,
-    chosen_statistics,
-    read_references,
-    refuse_unwritable,
     with_method_options,
 )
 from lmrepair.cli.output import (
-    diagnosis_data,
-    diagnosis_text,
-    drift_text,
-    measures_data,
-    measures_text,
-    patch_data,
-    patch_text,
-    progress_bars,
-    repair_data,
-    repair_text,
     say,
-    say_json,
+    show_result,
 )
+from lmrepair.cli.repairing import diagnose, repair
+from lmrepair.cli.starting import dtype_of, load_net
 from lmrepair.cli.study import bench, report
-from lmrepair.failures import STANDARD_INPUT
-from lmrepair.measure import plain, visible
-from lmrepair.methods import DEFAULT
+from lmrepair.measure import visible
 
 if TYPE_CHECKING:
-    from lmrepair.failures import Failure
-    from lmrepair.model import Net
+    pass
 
 app = typer.Typer(
     name="lmrepair",
@@ -112,196 +83,14 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 
     data = run_demo(device, _silent if as_json else say)
     if as_json:
-        _print(data, [], as_json)
+        show_result(data, [], as_json)
     raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
 
 
-@app.command()
-def diagnose(
-    failures: Failures,
-    model: Model = None,
-    template: Wrap = None,
-    chat: Chat = False,
-    end_turn: EndTurn = True,
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """List the mistakes a model makes on failures: where it prefers which token to the wanted one."""
-    rows, net = _start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
-    from lmrepair.diagnosis import diagnose as find
-
-    found = find(net, rows)
-    data = diagnosis_data(net.name, found, _decoder(net))
-    _print(data, diagnosis_text(found, _texts(rows), _decoder(net)), as_json)
-    raise typer.Exit(1 if data["failing"] else 0)
-
-
-def repair(
-    failures: Path,
-    model: str | None = None,
-    method: str = DEFAULT,
-    preset: str | None = None,
-    alone: bool = False,
-    output: Path | None = None,
-    failing: int | None = None,
-    reference: Path | None = None,
-    statistics: Path | None = None,
-    own_texts: int | None = None,
-    paraphrases: bool = False,
-    prefixes: int = 0,
-    max_kl: float | None = None,
-    protect: Path | None = None,
-    memory: list[Path] | None = None,
-    template: str | None = None,
-    chat: bool = False,
-    end_turn: bool = True,
-    limit: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    trust: bool = False,
-    as_json: bool = False,
-    **settings: Any,
-) -> None:
-    """Repair failures and save the patch: locate the neurons, solve, check, pass the gate, measure the drift."""
-    chosen = chosen_method(method, preset, seed, settings)
-    target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
-    refuse_unwritable(target, alone)
-    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
-    rows, net = _start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
-    from lmrepair.diagnosis import diagnose as find
-    from lmrepair.failures import read_reference
-    from lmrepair.loop import drawn_wordings, repair as repair_together, repair_alone
-    from lmrepair.patch import PatchSize
-
-    text = read_reference(reference)
-    known = chosen_statistics(net, chosen, statistics, own_texts)
-    wordings = drawn_wordings(net, paraphrases, prefixes, seed) if paraphrases or prefixes else None
-    if failing is not None:
-        rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
-    with progress_bars() as progress:
-        if alone:
-            repairs, sizes, drifts, saved = repair_alone(
-                net, rows, chosen, text, target, progress, gate, known, wordings
-            )
-        else:
-            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings)]
-            patches = [one.patch for one in repairs if one.patch is not None]
-            sizes = [PatchSize.of(patch) for patch in patches]
-            drifts = [one.drift for one in repairs if one.drift is not None]
-            for patch in patches:
-                patch.save(Path(str(target)))
-            saved = bool(patches)
-    path = str(target) if saved and target is not None else None
-    data = repair_data(net.name, repairs, sizes, drifts, path, _decoder(net))
-    _print(data, repair_text(data, _texts(rows), visible(text.name)), as_json)
-    raise typer.Exit(0 if _all_right(data) else 1)
-
-
-def _stem(failures: Path) -> str:
-    return "failures" if str(failures) == STANDARD_INPUT else failures.stem
-
-
-def _all_right(data: dict[str, Any]) -> bool:
-    return bool(data["repaired"] == data["failing"]) and not any(item["after"] for item in data["items"])
-
-
+app.command()(diagnose)
 app.command(name="repair")(with_method_options(repair))
-
-
-@app.command()
-def evaluate(
-    failures: Failures,
-    model: Model = None,
-    patch: Evaluated = None,
-    reference: Kinds = None,
-    held_out: HeldOut = None,
-    grid: GridFile = None,
-    no_texts: NoTexts = False,
-    template: Wrap = None,
-    chat: Chat = False,
-    end_turn: EndTurn = True,
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Measure a model on failures, and with --patch what the patch changes: effect, side effects, drift by kind."""
-    from lmrepair.failures import read_failures
-    from lmrepair.measure import Material, measure, read_grid
-    from lmrepair.patch import Patch
-
-    loaded = Patch.load(patch) if patch is not None else None
-    material = Material(
-        read_failures(failures, template, limit, chat, end_turn),
-        read_failures(held_out, template, None, chat, end_turn) if held_out is not None else (),
-        read_references(reference or []),
-        read_grid(None if grid == SHIPPED else grid) if grid is not None else None,
-    )
-    net = _load(model, device, dtype if loaded is None else _dtype(dtype, loaded), seed, trust)
-    if loaded is not None and loaded.is_applied(net):
-        loaded.revert(net)
-    with progress_bars() as progress:
-        found = measure(net, material, loaded, not no_texts, progress)
-    path = None if patch is None else str(patch)
-    data = measures_data(net.name, found, material.grid, path)
-    _print(data, measures_text(data), as_json)
-
-
-@app.command()
-def verify(
-    patch: PatchFile,
-    model: Model = None,
-    reference: Text = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Check on a fresh load that a patch repairs what it says, measure its drift, and take it back."""
-    from lmrepair.failures import read_reference
-    from lmrepair.measure import verify as check
-    from lmrepair.patch import Patch
-
-    loaded, text = Patch.load(patch), read_reference(reference)
-    net = _load(model, device, _dtype(dtype, loaded), seed, trust)
-    result = check(net, loaded, text)
-    data = {
-        "verified": result.verified,
-        "model": net.name,
-        "failures": len(result.diagnoses),
-        "repaired": result.repaired,
-        "restored": result.restored,
-        "drift": plain(result.drift),
-    }
-    held = f"{result.repaired} of {len(result.diagnoses)} failures"
-    lines = [
-        f"{'verified' if result.verified else 'NOT verified'}: {held} hold under teacher forcing and in greedy text",
-        f"drift      {drift_text(result.drift.kl, result.drift.agreement)} on {visible(text.name)}",
-        f"taken back {'bit for bit' if result.restored else 'NOT bit for bit'}",
-    ]
-    _print(data, lines, as_json)
-    raise typer.Exit(0 if result.verified else 1)
-
-
-for command in (check, fix, bench, report):
+for command in (evaluate, verify, show, check, fix, bench, report):
     app.command()(command)
-
-
-@app.command()
-def show(patch: PatchFile, as_json: Json = False) -> None:
-    """Say what is in a patch file, after checking it."""
-    from lmrepair.patch import Patch
-
-    data = patch_data(Patch.load(patch))
-    _print(data, patch_text(data), as_json)
 
 
 @app.command()
@@ -339,65 +128,14 @@ def _rewrite(
 
     loaded = Patch.load(patch)
     refuse_existing(output)
-    net = _load(model, device, _dtype(dtype, loaded), 0, trust)
+    net = load_net(model, device, dtype_of(dtype, loaded), 0, trust)
     getattr(loaded, verb)(net)
     save_model(net, output)
     data = {"model": net.name, "patch": str(patch), "action": verb, "output": str(output), "neurons": loaded.neurons}
     done = "applied" if verb == "apply" else "taken back, bit for bit"
     shown = visible(str(output), None)
-    _print(data, [f"{done}: {loaded.neurons:,} neurons in {loaded.layers} layers → {shown}"], as_json)
-
-
-def _start(
-    failures: Path,
-    template: str | None,
-    limit: int | None,
-    chat: bool,
-    end_turn: bool,
-    model: str | None,
-    device: str,
-    dtype: str,
-    seed: int,
-    trust: bool,
-) -> tuple[list[Failure], Net]:
-    """Read the failures first: what is wrong with them is known before a model is loaded, or has worked."""
-    from lmrepair.failures import read_failures
-
-    rows = read_failures(failures, template, limit, chat, end_turn)
-    net = _load(model, device, dtype, seed, trust)
-    net.tokenize(rows)
-    return rows, net
-
-
-def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) -> Net:
-    import torch
-
-    from lmrepair.model import load
-
-    torch.manual_seed(seed)
-    return load(model, device=device, dtype=dtype, trust_remote_code=trust)
-
-
-def _dtype(dtype: str, patch: Any) -> str:
-    """What a patch's model is loaded in: what the user says, or what the patch was made in."""
-    return dtype if dtype != "auto" else str(patch.dtype).removeprefix("torch.")
-
-
-def _texts(rows: Sequence[Failure]) -> list[tuple[str, str]]:
-    return [(row.asked, row.target) for row in rows]
-
-
-def _decoder(net: Net) -> Callable[[int], str]:
-    return lambda token: str(net.tokenizer.decode([token]))
+    show_result(data, [f"{done}: {loaded.neurons:,} neurons in {loaded.layers} layers → {shown}"], as_json)
 
 
 def _silent(_: str) -> None:
     pass
-
-
-def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        say_json(data)
-    else:
-        for line in lines:
-            say(line)

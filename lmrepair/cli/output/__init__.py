@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         open_streams as open_streams,
         say as say,
         say_json as say_json,
+        show_result as show_result,
     )
     from lmrepair.cli.output.render import (
         diagnosis_data as diagnosis_data,

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -31,6 +31,15 @@ def say_json(data: Mapping[str, Any]) -> None:
     line = json.dumps(shown, ensure_ascii=False, allow_nan=False)
     sys.stdout.write((line if _writes(sys.stdout, line) else json.dumps(shown, allow_nan=False)) + "\n")
     sys.stdout.flush()
+
+
+def show_result(data: Mapping[str, Any], lines: Sequence[str], as_json: bool) -> None:
+    """A result as JSON or as lines."""
+    if as_json:
+        say_json(data)
+        return
+    for line in lines:
+        say(line)
 
 
 def _writes(stream: TextIO, text: str) -> bool:
