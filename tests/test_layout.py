@@ -34,7 +34,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.edit": "sparse_integers changes trial",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
-    "cli.output": "console bars render render_measures render_fix",
+    "cli.output": "console clock bars render render_measures render_fix",
     "bench.report": "results figures tables plots page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -176,6 +176,7 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "dtype": Dtype,
         "seed": Seed,
         "trust": Trust,
+        "timings": Annotated[bool, typer.Option("--timings", help="Show where the time went, part by part.")],
         "as_json": Json,
     }
     given = inspect.signature(function).parameters

@@ -24,7 +24,17 @@ from lmrepair.cli.options import (
     chosen_statistics,
     refuse_unwritable,
 )
-from lmrepair.cli.output import diagnosis_data, diagnosis_text, progress_bars, repair_data, repair_text, show_result
+from lmrepair.cli.output import (
+    Clock,
+    diagnosis_data,
+    diagnosis_text,
+    progress_bars,
+    repair_data,
+    repair_text,
+    repair_timings,
+    show_result,
+    timings_text,
+)
 from lmrepair.cli.starting import decoder_of, start, texts_of
 from lmrepair.failures import STANDARD_INPUT
 from lmrepair.measure import visible
@@ -78,20 +88,25 @@ def repair(
     dtype: str = "auto",
     seed: int = 0,
     trust: bool = False,
+    timings: bool = False,
     as_json: bool = False,
     **settings: Any,
 ) -> None:
     """Repair failures and save the patch: locate the neurons, solve, check, pass the gate, measure the drift."""
+    clock = Clock()
     chosen = chosen_method(method, preset, seed, settings)
     target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
     refuse_unwritable(target, alone)
     gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
-    rows, net = start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
+    clock.part("reading options")
     from lmrepair.diagnosis import diagnose as find
     from lmrepair.failures import read_reference
     from lmrepair.loop import drawn_wordings, repair as repair_together, repair_alone
     from lmrepair.patch import PatchSize
 
+    clock.part("importing")
+    rows, net = start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
+    clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)
     known = chosen_statistics(net, chosen, statistics, own_texts)
     wordings = drawn_wordings(net, paraphrases, prefixes, seed) if paraphrases or prefixes else None
@@ -110,9 +125,11 @@ def repair(
             for patch in patches:
                 patch.save(Path(str(target)))
             saved = bool(patches)
+    clock.part("other", repair_timings(repairs))
     path = str(target) if saved and target is not None else None
-    data = repair_data(net.name, repairs, sizes, drifts, path, decoder_of(net))
-    show_result(data, repair_text(data, texts_of(rows), visible(text.name)), as_json)
+    data = {**repair_data(net.name, repairs, sizes, drifts, path, decoder_of(net)), "timings": clock.parts()}
+    lines = repair_text(data, texts_of(rows), visible(text.name))
+    show_result(data, [*lines, *(timings_text(clock.parts()) if timings else ())], as_json)
     raise typer.Exit(0 if _all_right(data) else 1)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -83,14 +84,19 @@ def repair(
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
+    times = [time.perf_counter()]
     patch = attempt.patch(net)
+    times.append(time.perf_counter())
     measured = attempt.measured
     if guard is None or measured is None or not guard.untouched.covers(reference):
         progress("drift", 0, 1)
         measured = Untouched.of(net, [reference], full).measure(patch)
+    times.append(time.perf_counter())
     patch = recorded(patch, measured.drift, reference)
     patch.apply(net)
-    return replace(attempt.result(patch), drift=measured.drift)
+    made, read, applied = (later - earlier for earlier, later in pairwise([*times, time.perf_counter()]))
+    cost = replace(attempt.cost, drift_seconds=read, patch_seconds=made + applied)
+    return replace(attempt.result(patch), drift=measured.drift, cost=cost)
 
 
 def repair_each(

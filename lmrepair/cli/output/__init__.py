@@ -8,6 +8,7 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.cli.output.bars import progress_bars as progress_bars
+    from lmrepair.cli.output.clock import Clock as Clock, repair_timings as repair_timings, timings_text as timings_text
     from lmrepair.cli.output.console import (
         drop_output as drop_output,
         notes as notes,
