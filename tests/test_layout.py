@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lmrepair"
 ROOMS = {
     "errors": "",
     "failures": "files sources forms rows chats tokens wordings reference protected",
-    "model": "progress anatomy batches net head loading digests edit moments statistics",
+    "model": "progress source anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format patch folder",
@@ -32,6 +32,7 @@ ROOMS = {
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
     "model.edit": "sparse_integers changes trial",
+    "model.loading": "checkpoint consent header gguf_file opening",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
     "cli.output": "console clock bars render render_measures render_fix",

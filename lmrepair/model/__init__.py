@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from lmrepair.model.net import DTYPES as DTYPES, TOKENS_AT_ONCE as TOKENS_AT_ONCE, Net as Net, settled as settled
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
+    from lmrepair.model.source import Source as Source
     from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows
 
 __getattr__, __dir__ = door(__name__)

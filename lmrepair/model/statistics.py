@@ -19,7 +19,7 @@ from lmrepair.errors import FailuresError, UsageError
 from lmrepair.failures import Reference, Tokens, write_atomically
 from lmrepair.model.digests import fingerprint
 from lmrepair.model.moments import Asked, Moment, Statistics
-from lmrepair.model.net import TOKENS_AT_ONCE, Net, refuse_infinite, settled
+from lmrepair.model.net import TOKENS_AT_ONCE, Net, settled
 
 log = logging.getLogger("lmrepair")
 
@@ -121,7 +121,6 @@ def gather(
         for number, batch in enumerate(batches):
             with torch.enable_grad(), net.watch(layers) as watched:
                 logits = net.logits(batch).float()
-                refuse_infinite(logits)
                 said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=generator).squeeze(1)
                 loss = F.cross_entropy(logits, said, reduction="sum")
                 made = torch.autograd.grad(loss, [watched.outputs[layer] for layer in layers])
