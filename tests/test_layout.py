@@ -29,6 +29,7 @@ ROOMS = {
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
+    "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
     "bench.report": "results figures tables plots page",
