@@ -33,6 +33,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.anatomy": "probe norm projections places",
     "model.edit": "sparse_integers changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
+    "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
     "cli.output": "console clock bars render render_measures render_fix",

@@ -110,7 +110,9 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def test_weights_that_cannot_be_edited_are_refused() -> None:
     model = build(*PLACED["llama"][:2])
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    model.config.quantization_config = {"quant_method": "gguf"}  # a mark alone: the weights are floats
+    assert len(find(model).projections) == len(model.model.layers)
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match="quantised"):
         find(model)
     model = build(*PLACED["llama"][:2])
