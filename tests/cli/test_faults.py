@@ -203,8 +203,7 @@ def test_a_user_without_a_home_is_told_that_nothing_is_kept(
 
 @pytest.mark.parametrize("terminal", ["dumb", "xterm"])
 def test_bars_are_for_terminals_that_can_draw_them(terminal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmrepair.cli.bars import progress_bars
-
+    from lmrepair.cli.output import progress_bars
     from lmrepair.model import quiet
 
     class Terminal(io.StringIO):
