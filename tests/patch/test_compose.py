@@ -129,7 +129,7 @@ def test_what_does_not_add_up_is_refused() -> None:
     layer, change = next(iter(two.changes.items()))
     moved = replace(two, changes={**two.changes, layer: replace(change, originals=change.originals + 1)})
     with pytest.raises(WrongModelError, match="found other neurons in layer"):
-        combine([replace(one, changes=two.changes), moved])
+        combine([replace(two, items=one.items), moved])
     huge = {at: replace(c, deltas=torch.full_like(c.deltas, 3e38)) for at, c in one.changes.items()}
     with pytest.raises(PatchError, match="not finite"):
         combine([replace(one, changes=huge), replace(one, changes=huge, items=two.items)])
