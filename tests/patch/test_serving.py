@@ -84,7 +84,7 @@ def test_factors_are_the_patch(patched: tuple[Net, Patch]) -> None:
     assert factors.served().rank in (1, 8, 16, 32, 64)
     with pytest.raises(UsageError, match="too small"):
         factors.padded(factors.rank - 1)
-    with pytest.raises(PatchError, match="the model has no neuron"):
+    with pytest.raises(PatchError, match="the model has none such"):
         exact(patch, dict.fromkeys(range(LAYERS), 3))
 
 
