@@ -4,13 +4,20 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test hard bench lint clean
 
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+# What takes too long for every day: kills at random moments, damaged files by the million, a checkpoint of 16 GB.
+hard: .venv/.test
+	$(BIN)/python tests/hard/kills.py --kills 1000
+	$(BIN)/python tests/hard/kills.py --kills 200 --shards 1
+	$(BIN)/python tests/hard/fuzz.py --inputs 1000000
+	$(BIN)/python tests/hard/sizes.py --gigabytes 16
 
 # The whole study in small, and its page: under three minutes on two cores.
 bench: .venv/.test

@@ -21,12 +21,12 @@ ROOMS = {
     "model": "progress source anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
-    "patch": "format patch folder",
+    "patch": "format patch compose conflicts bisection folder disk serving",
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "output faults options starting repairing measuring demo study fix main",
+    "cli": "output faults options starting patches repairing measuring demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
@@ -36,6 +36,9 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
+    "patch.disk": "stored placing others copies writing source",
+    "patch.serving": "factors choice peft gguf engines",
+    "cli.patches": "common folders parts serve trouble",
     "cli.output": "console clock bars render render_measures render_fix",
     "bench.report": "results figures tables plots page",
 }
