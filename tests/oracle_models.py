@@ -5,8 +5,10 @@ Their weights are large enough, and their norms' gains random enough, that what 
 
 from __future__ import annotations
 
+import copy
 import string
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +46,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of one of the KINDS in evaluation mode, the same for the same seed."""
+    """A model of one of the KINDS in evaluation mode, the same for the same seed; its weights are the caller's own."""
+    return copy.deepcopy(_made(kind, seed)).to(dtype)
+
+
+@cache
+def _made(kind: str, seed: int) -> Any:
+    """The model that ``model`` copies, in float32; nobody else may hold it."""
     vocabulary = len(tokenizer())
     if kind == "llama":
         config: Any = LlamaConfig(
@@ -70,7 +78,7 @@ def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32
                 parameter.copy_(noise * 0.1)
             else:
                 parameter.copy_(1.0 + 0.4 * noise)
-    return made.to(dtype).eval().requires_grad_(False)
+    return made.eval().requires_grad_(False)
 
 
 def net(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
