@@ -46,13 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of one of the KINDS in evaluation mode, the same for the same seed; its weights are the caller's own."""
-    return copy.deepcopy(_made(kind, seed)).to(dtype)
-
-
-@cache
-def _made(kind: str, seed: int) -> Any:
-    """The model that ``model`` copies, in float32; nobody else may hold it."""
+    """A model of one of the KINDS in evaluation mode, the same for the same seed."""
     vocabulary = len(tokenizer())
     if kind == "llama":
         config: Any = LlamaConfig(
@@ -78,11 +72,17 @@ def _made(kind: str, seed: int) -> Any:
                 parameter.copy_(noise * 0.1)
             else:
                 parameter.copy_(1.0 + 0.4 * noise)
-    return made.eval().requires_grad_(False)
+    return made.to(dtype).eval().requires_grad_(False)
 
 
 def net(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
-    """A Net around ``model``."""
+    """A Net around ``model``, the caller's own: to look for a model's parts costs ten times what a copy does."""
+    return copy.deepcopy(_placed(kind, seed, dtype))
+
+
+@cache
+def _placed(kind: str, seed: int, dtype: torch.dtype) -> Net:
+    """The net that ``net`` copies; nobody else holds it, so no test can change what another one is given."""
     return Net(model(kind, seed, dtype), tokenizer(), f"tiny-{kind}")
 
 

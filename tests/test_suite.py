@@ -20,7 +20,7 @@ def test_what_is_called_slow_is_there() -> None:
 
 
 def test_the_interval_of_a_score_is_wilsons() -> None:
-    """Its ends are where the normal test of the share turns: |hits/n - p| = z sqrt(p (1 - p) / n)."""
+    """Its ends are where the normal test of the share turns: (hits/n - p)^2 = z^2 p (1 - p) / n."""
     for hits, count in ((85, 100), (1, 7), (60, 60)):
         for end in wilson(hits, count):
-            assert abs(hits / count - end) == pytest.approx(1.959964 * (end * (1 - end) / count) ** 0.5, abs=1e-9)
+            assert (hits / count - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)

@@ -245,7 +245,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = 60) -> None:
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
