@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lmrepair import Failure, Method, Net, diagnose, load, read_failures, repair_each
+from lmrepair import Failure, Method, Net, Repair, diagnose, load, read_failures, repair_each
 from lmrepair.failures import Reference, Template, named, read_kinds
 from lmrepair.measure import measure_drift
 from lmrepair.methods import method_named
@@ -41,9 +41,9 @@ def main() -> None:
     limits = given.limit * len(given.rows) if len(given.limit) == 1 else given.limit
     rows = [row for spec, most in zip(given.rows, limits, strict=True) for row in islice(_failing(net, spec), most)]
     table: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        for name in given.methods:
-            found = _measured(net, row, _method(name), reference)
+    for name in given.methods:
+        for row, result in zip(rows, repair_each(net, rows, _method(name)), strict=True):
+            found = _measured(net, row, result, reference)
             table[name].append(found)
             print(json.dumps({"row": row.id, "method": name, **found}), flush=True)
     for name, found in table.items():
@@ -86,8 +86,7 @@ def _reference(net: Net, tokens: int) -> Reference:
     return named("short", [str(text) for text in texts])
 
 
-def _measured(net: Net, row: Failure, method: Method, reference: Reference) -> dict[str, Any]:
-    (result,) = repair_each(net, [row], method)
+def _measured(net: Net, row: Failure, result: Repair, reference: Reference) -> dict[str, Any]:
     found: dict[str, Any] = {
         "repaired": bool(result.repaired), "steps": result.cost.steps, "fe": round(result.cost.forward_equivalents, 1),
         "kl": 0.0, "reason": result.outcomes[0].reason[:160],

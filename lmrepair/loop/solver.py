@@ -45,6 +45,8 @@ class Known:
     @staticmethod
     def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> Known:
         bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
+        if method.steers:
+            _ = bases.exact  # once for all failures, and in no failure's time
         asked, began = method.asks(), time.perf_counter()
         if asked is None:
             return Known(bases, None, 0.0)
@@ -223,7 +225,8 @@ class Solver:
             return False
         self.stopped = (
             f"stopped at step {self.steps}, which was undone: it destroys the model (KL {kl:.3g} nats per token on "
-            f"a few positions of reference text, at most {most:g} allowed); try smaller steps, or allow more (max_probe_kl)"
+            f"a few positions of reference text, at most {most:g} allowed); "
+            "try smaller steps, or allow more (max_probe_kl)"
         )
         self.deltas, self.preferred, self.converged = safe, None, False
         self.trial.write(safe)

@@ -74,6 +74,7 @@ class Method(ABC):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     undoes: ClassVar[bool] = False  # whether a problem that is not solved after ``epochs`` steps is left as it was
+    steers: ClassVar[bool] = False  # whether it reads semantic bases
     advice: ClassVar[str] = "try more epochs, a larger share or learning rate, or repair it --alone"
 
     epochs: int = setting(10, "most steps for one problem", positive=True)
@@ -106,14 +107,9 @@ class Method(ABC):
         return None
 
     def read(
-        self,
-        net: Net,
-        batches: Sequence[Batch],
-        sites: Sites,
-        focus: Tensor | None,
-        margin: float | None,
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None,
         memory: Any = None,  # noqa: ARG002
-    ) -> Reading:
+    ) -> Reading:  # fmt: skip
         """What a step is solved from; a method that needs no gradient, or another one, reads in its own way.
 
         ``margin`` is None where all steps are to be made; else the reading says whether every position in
@@ -159,6 +155,20 @@ class Targeted(Method):
         from lmrepair.methods.targeting import Targeting, fixed_sites
 
         return fixed_sites(net, Targeting(self.layers, self.pattern, self.share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferring(Method):
+    """A method whose steps are made from what is preferred now and nothing else: it takes gradients when it solves."""
+
+    def read(
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None,  # noqa: ARG002
+        memory: Any = None,  # noqa: ARG002
+    ) -> Reading:  # fmt: skip
+        from lmrepair.model import Reading
+
+        preference = net.prefer(batches)
+        return Reading(preference, margin is not None and preference.holds(focus, margin))
 
 
 @dataclass(frozen=True)
@@ -224,11 +234,3 @@ def probe_of(problem: Problem) -> Callable[[Mapping[int, Tensor]], float]:
     if problem.probe is None:
         raise UsageError("a step of no fixed size needs a probe; repair() makes one, or set a learning_rate")
     return problem.probe
-
-
-def read_preference(net: Net, batches: Sequence[Batch], focus: Tensor | None, margin: float | None) -> Reading:
-    """A reading of what is preferred now and nothing else, for methods that take gradients when they solve."""
-    from lmrepair.model import Reading
-
-    preference = net.prefer(batches)
-    return Reading(preference, margin is not None and preference.holds(focus, margin))

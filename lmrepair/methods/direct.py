@@ -33,6 +33,7 @@ class Direct(Method):
     """
 
     name: ClassVar[str] = "direct"
+    steers: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "astra": {"epochs": 10, "margin": 5.0, "span": "1/4", "spread": "contrast", "token_neurons": 16,
                   "inputs": "diagonal"},
@@ -73,14 +74,9 @@ class Direct(Method):
         return contrasting(net, reading, ~(preference.gap < -self.margin), len(upper), self.token_neurons)
 
     def read(
-        self,
-        net: Net,
-        batches: Sequence[Batch],
-        sites: Sites,
-        focus: Tensor | None,
-        margin: float | None,
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None,
         memory: Any = None,  # noqa: ARG002
-    ) -> Slopes:
+    ) -> Slopes:  # fmt: skip
         from lmrepair.methods.maths import read_slopes
 
         return read_slopes(net, batches, sites, focus, margin)

@@ -37,6 +37,7 @@ class Star(Paced):
     """
 
     name: ClassVar[str] = "star"
+    steers: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"learning_rate": 0.01, "epochs": 10, "early": False, "margin": 0.0, "mode": "batch",
                   "layers": "1", "pattern": "even", "share": "1", "gain": False, "metric": "identity"},
