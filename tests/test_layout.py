@@ -19,7 +19,7 @@ ROOMS = {
     "errors": "",
     "failures": "files sources forms rows chats tokens wordings reference protected",
     "model": "progress source anatomy batches net head loading digests edit moments statistics",
-    "diagnosis": "mistakes attribution",
+    "diagnosis": "mistakes attribution drift_probe",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format patch compose conflicts bisection folder disk serving",
     "measure": "shown intervals texts answer drift effects grid verification summary",
