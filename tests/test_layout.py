@@ -32,7 +32,7 @@ ROOMS = {
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
     "model.edit": "sparse_integers changes trial",
-    "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
+    "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
     "cli.output": "console clock bars render render_measures render_fix",
     "bench.report": "results figures tables plots page",

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     )
     from lmrepair.methods.maths.direct_path import Slopes as Slopes, read_slopes as read_slopes, scaled as scaled
     from lmrepair.methods.maths.dual import gram as gram, kernel as kernel, weights_for as weights_for
+    from lmrepair.methods.maths.linearised import Linearised as Linearised, Used as Used
     from lmrepair.methods.maths.margins import Factors as Factors, Margins as Margins, read_margins as read_margins
     from lmrepair.methods.maths.optimiser import Moments as Moments, adam as adam
+    from lmrepair.methods.maths.spans import directions as directions, shared_out as shared_out
     from lmrepair.methods.maths.tail import Tail as Tail
 
 __getattr__, __dir__ = door(__name__)
