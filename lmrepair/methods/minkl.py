@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
 
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
+WIDEN = 6  # steps after which directions that have not been enough get others beside them
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
 
 
@@ -37,6 +38,7 @@ class MinKl(Targeted):
     """
 
     name: ClassVar[str] = "minkl"
+    advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
@@ -111,14 +113,15 @@ class MinKl(Targeted):
             state = state.linearised(reading.factors)
         keep = KEEP if 0 < problem.step <= KEPT and reading.factors and len(state.items) > 1 else 1.0
         weights = _weights(problem, state, keep)
-        if not problem.step and not state.spans:
+        if not state.spans:
             chosen = self._chosen(problem, state, reading.factors, weights)
             if chosen is not None:
                 state = chosen.linearised(reading.factors)
                 weights = _weights(problem, state, keep)
         state, deltas = _moved(problem, state, state.changes(weights), keep)
         short = float(state.rise(reading.preference.gap).max())
-        return Step(deltas, replace(state, short=short, steps=state.steps + 1))
+        state = replace(state, short=short, steps=state.steps + 1)
+        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
 
     def _start(self, problem: Problem) -> Linearised:
         from lmrepair.methods.maths import Linearised
@@ -136,7 +139,7 @@ class MinKl(Targeted):
     ) -> Linearised | None:
         """Where the first solve is made again, with fewer neurons or directions; None: nowhere else."""
         if self.neurons:
-            return self._fewer(problem, state.changes(weights))
+            return None if problem.step else self._fewer(problem, state.changes(weights))
         rank, room = self._limits(problem)
         return state.spanned(state.used(factors, weights), problem.deltas, rank, room) if rank else None
 
@@ -160,17 +163,17 @@ class MinKl(Targeted):
         """All steps at once for the last layer, without running the model."""
         (layer,) = problem.sites.layers
         used = self._through_tail(problem, state, tail, start)
-        if not problem.step and not state.spans:
+        if not state.spans:
             rank, room = self._limits(problem)
             chosen = None
             if self.neurons:
-                chosen = self._fewer(problem, {layer: used.near.T @ used.white})
+                chosen = None if problem.step else self._fewer(problem, {layer: used.near.T @ used.white})
             elif rank and bool(used.white.any()):
                 chosen = state.spanned({layer: used}, problem.deltas, rank, room)
             if chosen is not None:
                 state, used = chosen, self._through_tail(problem, chosen, tail, start)
         state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
-        return Step(deltas, state)
+        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
 
     def _through_tail(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Used:
         """The change of the last layer that leaves no margin open, from what is read without it."""
@@ -211,13 +214,16 @@ def _moved(
     problem: Problem, state: Linearised, changes: Mapping[int, Tensor], keep: float
 ) -> tuple[Linearised, dict[int, Delta]]:
     """The state after a step and layer → the whole change; layers that are not written to keep what they have."""
+    from lmrepair.model import Product
+
     if state.spans:
         state = state.moved(changes, keep)
         return state, {**problem.deltas, **state.deltas()}
-    deltas: dict[int, Delta] = {
-        layer: (delta if keep == 1 else keep * delta).index_add(0, state.places[layer].to(delta.device), changes[layer])
-        for layer, delta in problem.deltas.items()
-    }
+    deltas: dict[int, Delta] = {}
+    for layer, delta in problem.deltas.items():
+        so_far = delta.dense().float() if isinstance(delta, Product) else delta
+        places = state.places[layer].to(so_far.device)
+        deltas[layer] = (so_far if keep == 1 else keep * so_far).index_add(0, places, changes[layer])
     return state, deltas
 
 

@@ -222,6 +222,12 @@ class Linearised:
                 spans[layer], parts[layer] = (left / sizes).T, sizes * right.T
         return replace(self, spans=spans, parts=parts)
 
+    def released(self) -> Linearised:
+        """With the change so far left as it is, and any direction open again."""
+        if not self.spans:
+            return self
+        return replace(self, spans={}, parts={}, items=(), system=torch.zeros(0, 0, dtype=torch.float64))
+
     def moved(self, changes: Mapping[int, Tensor], keep: float) -> Linearised:
         """With a change in the spans added to ``keep`` of that so far."""
         parts = {
