@@ -213,7 +213,8 @@ class Linearised:
 
     def resumed(self, deltas: Mapping[int, Delta]) -> Linearised:
         """Among the directions of factors that are there already, if there are any."""
-        spans, parts = {}, {}
+        spans: dict[int, Tensor] = {}
+        parts: dict[int, Tensor] = {}
         for layer, delta in deltas.items():
             if isinstance(delta, Product) and delta.rank:
                 left, right = delta.factors()
