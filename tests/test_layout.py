@@ -34,7 +34,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.edit": "sparse_integers changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
-    "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
+    "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
     "patch.disk": "stored placing others copies writing source",
     "patch.serving": "factors choice peft gguf engines",

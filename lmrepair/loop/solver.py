@@ -17,6 +17,7 @@ from lmrepair.methods import Method, Problem
 from lmrepair.methods.maths import Bases
 from lmrepair.model import (
     Batch,
+    Delta,
     Metric,
     Net,
     Preference,
@@ -84,9 +85,9 @@ class Solver:
         self.net, self.method, self.known, self.sites = net, method, known, sites
         self.trial, self.progress, self.heard = trial, progress, heard or {}
         # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
-        self.deltas: Mapping[int, Tensor] = {
-            layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
-            for layer, columns in sites.columns.items()
+        nothing = torch.full((1, 1), -0.0, device=net.device)
+        self.deltas: Mapping[int, Delta] = {
+            layer: nothing.expand(len(columns), net.hidden) for layer, columns in sites.columns.items()
         }
         self.start = self.deltas
         self.steps = 0
@@ -122,8 +123,13 @@ class Solver:
                 return
             if self.stopped or self.deltas is start:  # another round would do the same again
                 break
-        self.deltas, self.preferred = kept, preferred
-        self.trial.write(kept)
+        self._move(kept)
+        self.preferred = preferred
+
+    def _move(self, deltas: Mapping[int, Delta]) -> None:
+        """Write what is another change than before."""
+        self.trial.write({layer: delta for layer, delta in deltas.items() if delta is not self.deltas.get(layer)})
+        self.deltas = deltas
 
     def _one(self, tokens: Tokens) -> None:
         self._run(self.net.batches([tokens]))
@@ -182,8 +188,8 @@ class Solver:
                 self.deltas, self.known.bases, step, memory, self.known.metric, self._moved,
             )  # fmt: skip
             answer = method.solve(problem)
-            self.deltas, memory = answer.deltas, answer.memory
-            self.trial.write(self.deltas)
+            memory = answer.memory
+            self._move(answer.deltas)
             self.steps, self.preferred = self.steps + 1, None
         else:
             with listening(self.net, batches) as now:
@@ -197,8 +203,8 @@ class Solver:
         else:
             worse = _right(batches, last) < best
         if worse:
-            self.deltas, self.preferred = kept, preferred
-            self.trial.write(kept)
+            self._move(kept)
+            self.preferred = preferred
         return earlier if worse and method.undoes else memory
 
     def _moved(self, deltas: Mapping[int, Tensor]) -> float:

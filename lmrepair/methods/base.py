@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lmrepair.methods.maths import Bases, Way
 
     Lead = tuple[Callable[[float], Mapping[int, Tensor]], float]
-    from lmrepair.model import Asked, Batch, Metric, Net, Preference, Reading, Sites
+    from lmrepair.model import Asked, Batch, Delta, Metric, Net, Preference, Reading, Sites
 
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
@@ -31,11 +31,12 @@ MODES = ("iterative", "batch", "multi-failure")
 class Problem:
     """One step's input: the failures as read now, where to write, and the change so far.
 
-    ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
-    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left (at step 0,
-    what the mistake before left, where mistakes of one failure follow each other); ``metric`` is made from
-    the statistics the method asks for. ``probe`` says how far a whole change moves the model: mean
-    KL(before ‖ after), nats per token, on a few positions of reference text; it writes the change to the trial.
+    ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change since
+    the start, layer → [k, d], in the form that the method answers in (at first a tensor); ``step`` counts
+    from 0; ``memory`` is what the last step left (at step 0, what the mistake before left, where mistakes of
+    one failure follow each other); ``metric`` is made from the statistics the method asks for. ``probe`` says
+    how far a whole change moves the model: mean KL(before ‖ after), nats per token, on a few positions of
+    reference text; it writes the change to the trial.
     """
 
     net: Net
@@ -43,7 +44,7 @@ class Problem:
     sites: Sites
     reading: Reading
     focus: Tensor
-    deltas: Mapping[int, Tensor]
+    deltas: Mapping[int, Any]
     bases: Bases
     step: int
     memory: Any = None
@@ -53,9 +54,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """A method's answer: the whole change from now on, layer → [k, d] float32, and what to remember."""
+    """A method's answer: the whole change from now on, layer → [k, d] float32 or factors, and what to remember."""
 
-    deltas: Mapping[int, Tensor]
+    deltas: Mapping[int, Delta]
     memory: Any = None
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         scaled as scaled,
     )
     from lmrepair.methods.maths.dual import gram as gram, kernel as kernel, weights_for as weights_for
+    from lmrepair.methods.maths.linearised import Linearised as Linearised, Used as Used
     from lmrepair.methods.maths.margins import Factors as Factors, Margins as Margins, read_margins as read_margins
     from lmrepair.methods.maths.optimiser import (
         Moments as Moments,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         steepest as steepest,
         units as units,
     )
+    from lmrepair.methods.maths.spans import directions as directions, shared_out as shared_out
     from lmrepair.methods.maths.tail import Tail as Tail
 
 __getattr__, __dir__ = door(__name__)
