@@ -24,8 +24,9 @@ ROOMS = {
     "patch": "format patch folder",
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
+    "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "console faults options render render_measures bars demo study main",
+    "cli": "console faults options render render_measures bars demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
@@ -33,6 +34,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.edit": "sparse_integers changes trial",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
+    "cli.fix": "outcomes commands",
     "bench.report": "results figures tables plots page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -57,12 +57,14 @@ def pack(value: Any, keep: Callable[[Any], Any]) -> Any:
     if isinstance(value, float):
         return {"f": float.__repr__(value)}
     if isinstance(value, complex):
-        return {"c": [float.__repr__(complex.__abs__(0)) and repr(value.real), repr(value.imag)]}
+        plain = complex.__add__(value, 0)
+        return {"c": [repr(plain.real), repr(plain.imag)]}
     if isinstance(value, bytes):
         return {"b": bytes.hex(value)}
-    for kind, name in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "z")):
+    kinds: tuple[tuple[Any, str], ...] = ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "z"))
+    for kind, name in kinds:
         if isinstance(value, kind):
-            return {name: [pack(item, keep) for item in kind.__iter__(value)]}  # type: ignore[attr-defined]
+            return {name: [pack(item, keep) for item in kind.__iter__(value)]}
     if isinstance(value, dict):
         return {"d": [[pack(key, keep), pack(item, keep)] for key, item in dict.items(value)]}
     return keep(value)
@@ -79,8 +81,10 @@ def unpack(data: Any, kept: Callable[[int], Any]) -> Any:
         return {unpack(key, kept): unpack(item, kept) for key, item in body}
     if name == "c":
         return complex(float(body[0]), float(body[1]))
-    if name in "ifb":
-        return {"i": lambda text: int(text, 16), "f": float, "b": bytes.fromhex}[name](body)
+    if name == "i":
+        return int(body, 16)
+    if name in ("f", "b"):
+        return float(body) if name == "f" else bytes.fromhex(body)
     kinds: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset}
     return kinds[name](unpack(item, kept) for item in body)
 
@@ -121,15 +125,13 @@ class Candidate:
     def serve(self) -> None:
         sys.modules["candidate"] = self.module
         source = json.loads(self.taken.readline())["source"]
-        self.say(lambda: run(source, "completion", self.module.__dict__))
+        self.say(lambda _: run(source, "completion", self.module.__dict__), {})
         for line in iter(self.taken.readline, b""):
-            asked = json.loads(line)
-            self.say(lambda asked=asked: self.answer(asked), asked)
+            self.say(self.answer, json.loads(line))
 
-    def say(self, work: Callable[[], Any], asked: dict[str, Any] | None = None) -> None:
+    def say(self, work: Callable[[dict[str, Any]], Any], asked: dict[str, Any]) -> None:
         try:
-            found = {"value": work(), "args": asked.get("now") if asked else None}
-            text = json.dumps(found)
+            text = json.dumps({"value": work(asked), "args": asked.get("now")})
         except BaseException as error:  # noqa: BLE001  whatever a completion raises, SystemExit too
             text = json.dumps(told(error))
         self.given.write(text.encode() + b"\n")
@@ -231,7 +233,7 @@ class Examiner:
             at = at.tb_next
         if isinstance(error, AssertionError):
             return {"kind": "wrong", "line": line, "text": said["text"]}
-        return {"kind": "test", "type": said["raised"], "line": line, "text": said["text"]}
+        return {"kind": "wrong", "line": line, "text": f"{said['raised']}: {said['text']}"}
 
     def ask(self, of: str | int, do: str, args: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
         packed = [pack(item, self.hand_over) for item in args]

@@ -27,9 +27,9 @@ TOO_LONG = {128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU, -signal
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a completion. ``kind``: passed, wrong (a test's assertion failed), syntax, timeout, died (its
-    process ended, or said what is no answer), exception (``detail`` begins with its type), test (the tests
-    themselves failed), unsupported (they hand over what is no plain value), forbidden, lint, command.
+    """What became of a completion. ``kind``: passed, wrong (a test failed on what it returned), syntax, timeout,
+    died (its process ended, or said what is no answer), exception (``detail`` begins with its type), unsupported
+    (the tests hand over what is no plain value), forbidden, lint, command.
     """
 
     kind: str
@@ -128,10 +128,9 @@ class Checker:
             return Verdict("timeout", f"{self.limits.cpu} s of processor time, or killed")
         if kind == "raised":
             return Verdict("exception", f"{verdict.get('type')}: {text}")
-        if kind == "test":
-            return Verdict("test", f"line {verdict.get('line')}: {verdict.get('type')}: {text}")
         if kind == "wrong":
-            return Verdict("wrong", f"line {verdict.get('line')}: {source_line(task.tests, verdict.get('line'))}")
+            said = f" ({text})" if text else ""
+            return Verdict("wrong", f"line {verdict.get('line')}: {source_line(task.tests, verdict.get('line'))}{said}")
         return Verdict(kind, f"exit status {status}" if kind == "died" else text)
 
     def _exchange(self, program: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[dict[str, Any] | None, int]:
@@ -157,7 +156,7 @@ class Checker:
         try:
             found = json.loads(lines[-1]) if lines else None
         except json.JSONDecodeError:
-            found = {"kind": "test", "type": "examiner", "text": lines[-1]}
+            found = {"kind": "died", "text": lines[-1]}
         return found if isinstance(found, dict) else None, candidate.returncode
 
 
@@ -167,7 +166,8 @@ def _pipe(first: Mapping[str, Any]) -> tuple[Any, Any]:
     out, into = os.pipe()
     size = fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
     if len(line) > size:
-        os.close(out), os.close(into)
+        os.close(out)
+        os.close(into)
         raise FailuresError(f"a task's program or tests take {len(line):,} bytes; expected at most {size:,}")
     os.write(into, line)
     return os.fdopen(out, "rb"), os.fdopen(into, "wb")

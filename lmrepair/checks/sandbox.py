@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -187,9 +188,7 @@ def available() -> list[Sandbox]:
 def _tried(sandbox: Sandbox) -> str:
     """Why a sandbox does not work here; empty if it does."""
     with TemporaryDirectory() as made:
-        child = sandbox.start(
-            "trial", [], Limits(), (subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE), Path(made)
-        )
+        child = sandbox.start("trial", [], Limits(), (subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE), Path(made))
         try:
             output, errors = child.communicate(timeout=20)
         except subprocess.TimeoutExpired:
@@ -253,12 +252,8 @@ def read_until(child: subprocess.Popen[bytes], deadline: float, most: int) -> tu
 
 def end(child: subprocess.Popen[bytes], patience: float = 0.0) -> None:
     """Kill a child with its group, after ``patience`` seconds to end by itself, and wait for it."""
-    try:
+    with suppress(subprocess.TimeoutExpired):
         child.wait(patience or 0.05)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()

@@ -27,7 +27,9 @@ class Forbidden:
         try:
             body = ast.parse(text.strip()).body
         except (SyntaxError, ValueError) as error:
-            raise UsageError(f"--forbid {text!r}: not Python ({error}); expected code as in 'yaml.load(...)'") from error
+            raise UsageError(
+                f"--forbid {text!r}: not Python ({error}); expected code as in 'yaml.load(...)'"
+            ) from error
         if len(body) != 1:
             raise UsageError(f"--forbid {text!r}: {len(body)} statements; expected one, as in 'yaml.load(...)'")
         (node,) = body

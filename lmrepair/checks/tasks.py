@@ -50,7 +50,7 @@ class Task:
 
     def failure(self, target: str) -> Failure:
         """The task as a failure that wants ``target``."""
-        return Failure(self.prompt, target, self.id, (), self.messages)
+        return Failure(self.prompt, target, self.id, (), self.messages, end_turn=False)
 
     def cut(self, text: str) -> str:
         """The completion up to where it ends by the task's stop rule."""

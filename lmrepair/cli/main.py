@@ -16,6 +16,7 @@ import typer
 from lmrepair.cli.bars import progress_bars
 from lmrepair.cli.console import say, say_json
 from lmrepair.cli.faults import INTERRUPTED, guarded
+from lmrepair.cli.fix import check, fix
 from lmrepair.cli.options import (
     SHIPPED,
     Chat,
@@ -288,8 +289,8 @@ def verify(
     raise typer.Exit(0 if result.verified else 1)
 
 
-app.command()(bench)
-app.command()(report)
+for command in (check, fix, bench, report):
+    app.command()(command)
 
 
 @app.command()
@@ -388,17 +389,9 @@ def _decoder(net: Net) -> Callable[[int], str]:
     return lambda token: str(net.tokenizer.decode([token]))
 
 
-def _silent(_: str) -> None:
-    pass
-
-
 def _print(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
     if as_json:
         say_json(data)
     else:
         for line in lines:
             say(line)
-
-
-if __name__ == "__main__":
-    main()
