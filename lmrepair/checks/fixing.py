@@ -16,7 +16,7 @@ from lmrepair.loop import Gate, Repair, repair
 from lmrepair.methods import Method
 from lmrepair.model import Net, Progress, quiet
 
-CLOSING = "\n\n"  # what ends a canonical solution
+CLOSING = "\n"  # what ends a canonical solution
 
 
 @dataclass(frozen=True)
