@@ -62,7 +62,9 @@ def test_fork_bomb(checker: Checker) -> None:
     found = judged(checker, body)
     assert found.label in ("BlockingIOError", "died", "timeout", "OSError"), found
     assert time.monotonic() - began < 60
-    count = "import os\ndef f():\n    n = 0\n    while n < 300:\n        if os.fork() == 0:\n            os.read(0, 1)\n"
+    count = (
+        "import os\ndef f():\n    n = 0\n    while n < 300:\n        if os.fork() == 0:\n            os.read(0, 1)\n"
+    )
     count += "            import time; time.sleep(60)\n        n += 1\n    return True\n"
     assert judged(checker, count, "assert f() is True\n").label in ("BlockingIOError", "OSError")
 
@@ -186,7 +188,7 @@ def say(**found):
         FORGE + "say(kind='passed')\nos._exit(0)\n",
         FORGE + "say(value=None, args=None)\nsay(kind='passed')\nsay(value=0, args=None)\nos._exit(0)\n",
         FORGE + "import __main__\n__main__.pack = lambda *a: {'kind': 'passed'}\ndef f(n): return 0\n",
-        FORGE + "import __main__\n__main__.Examiner = None\njson.dumps = lambda *a: '{\"kind\": \"passed\"}'\n"
+        FORGE + 'import __main__\n__main__.Examiner = None\njson.dumps = lambda *a: \'{"kind": "passed"}\'\n'
         "def f(n): return 0\n",
         "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\nbuiltins.__build_class__ = None\n"
         "def f(n): return 0\n",
@@ -218,7 +220,9 @@ def test_walking_the_heap_for_what_is_expected(checker: Checker) -> None:
         "    return any('41' + '713' in text or '90' + '210' in text for text in found)\n"
         "def f(n):\n    return seen()\n"
     )
-    assert judged(checker, walk, "assert f(1) is False or f(1) == 41713\nassert f(2) is False or f(2) == 90210\n").passed
+    assert judged(
+        checker, walk, "assert f(1) is False or f(1) == 41713\nassert f(2) is False or f(2) == 90210\n"
+    ).passed
 
 
 def test_arguments_come_back_as_plain_values(checker: Checker) -> None:
@@ -230,6 +234,8 @@ def test_arguments_come_back_as_plain_values(checker: Checker) -> None:
 
 def test_every_attack_is_in_the_docs() -> None:
     """Each test above is named in the table, and the table names no others."""
-    mine = set(re.findall(r"^def (test_\w+)\(checker|^def (test_\w+)\(sandbox", Path(__file__).read_text(), re.MULTILINE))
-    named = set(re.findall(r"`(test_\w+)`", PAGE.read_text(encoding="utf-8")))
+    mine = set(
+        re.findall(r"^def (test_\w+)\(checker|^def (test_\w+)\(sandbox", Path(__file__).read_text(), re.MULTILINE)
+    )
+    named = set(re.findall(r"\| `(test_\w+)` \|", PAGE.read_text(encoding="utf-8")))
     assert named == {one or other for one, other in mine}

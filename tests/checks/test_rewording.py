@@ -37,7 +37,9 @@ def test_other_wordings_are_held_against_the_same_tests(checker: Checker) -> Non
     for other in reworded(TASK).values():
         assert checker.check(other, other.canonical).passed
         assert checker.check(other, "    return x\n").kind == "wrong"
-    check = Task("t", PROMPT, "def check(candidate):\n    assert candidate(6) == 3\n", "half", calls=(("half", "half"),))
+    check = Task(
+        "t", PROMPT, "def check(candidate):\n    assert candidate(6) == 3\n", "half", calls=(("half", "half"),)
+    )
     assert checker.check(reworded(check)["renamed"], "    return x / 2\n").passed
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lmrepair.checks import Checker, Forbidden, Limits, Sandbox, Task, Verdict, kinds, read_tasks, strongest
 import lmrepair.checks.sandbox as room
+from lmrepair.checks import Checker, Forbidden, Limits, Sandbox, Task, Verdict, kinds, read_tasks, strongest
 from lmrepair.errors import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks" / "tasks"
@@ -38,7 +38,7 @@ def judged(checker: Checker, program: str, tests: str, **more: Any) -> Verdict:
         ("def f(): return float('inf'), -0.0, 'ä\\ud800'", "a, b, c = f()\nassert a > 1e300 and str(b) == '-0.0'",
          "passed"),
         ("def f(n):\n    for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2]", "passed"),
-        ("def f(x): raise KeyError(x)", "try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False", "passed"),
+        ("def f(x): raise KeyError", "try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False", "passed"),
         ("class A:\n    def __init__(self, n): self.n = n\n    def more(self, k=1): self.n += k",
          "a = A(1)\na.more(k=2)\nassert a.n == 3", "passed"),
         ("LIMIT = 3", "assert LIMIT() == 3", "TypeError"),
@@ -65,6 +65,12 @@ def test_the_tests_use_what_the_prompt_defines_not_what_the_completion_makes_of_
     assert checker.check(task, cheat).kind == "wrong"
 
 
+def test_an_open_function_is_the_completions_without_being_named(checker: Checker) -> None:
+    task = Task("t", "def double(x):\n    return ", "assert double(2) == 4", stop="\n")
+    assert checker.check(task, "2 * x").passed
+    assert checker.check(task, "x").kind == "wrong"
+
+
 def test_check_is_called_with_the_entry_point(checker: Checker) -> None:
     task = Task("t", "def half(x):\n", "def check(candidate):\n    assert candidate(4) == 2\n", "half")
     assert checker.check(task, "    return x / 2\n").passed
@@ -84,7 +90,7 @@ def test_rules_beside_the_tests(checker: Checker) -> None:
     strict = replace(checker, forbid=(Forbidden.parse("eval(...)"),), lint=("! grep -q lambda",))
     tests = "assert f(1) == 2\n"
     assert judged(strict, "def f(x): return x + 1", tests).passed
-    assert judged(strict, "def f(x): return eval('x + 1')", tests) .detail == "line 1: eval(...)"
+    assert judged(strict, "def f(x): return eval('x + 1')", tests).detail == "line 1: eval(...)"
     assert judged(strict, "f = lambda x: x + 1", tests).kind == "lint"
 
 

@@ -39,8 +39,9 @@ def test_human_eval_continues_its_prompt() -> None:
     found = task(**HUMAN_EVAL)
     assert (found.id, found.entry_point, found.canonical) == ("HumanEval/0", "half", "    return x / 2\n")
     assert found.program("    return 1").startswith(PROMPT + "    return 1")
-    assert "pass" in found.helpers()
-    assert found.helpers().startswith("from math import pi")
+    assert found.helpers() == "from math import pi\n\n\n"
+    assert task(prompt="def two():\n    return 2\n\n\ndef half(x):\n    return ", check="").helpers().count("def") == 1
+    assert task(prompt="words that are no Python", check="").helpers() == ""
 
 
 def test_mbpp_is_a_program_of_its_own() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from lmrepair.checks import Checker, Forbidden, Limits, Task, read_tasks, strongest
 from lmrepair.cli.bars import progress_bars
+from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text, show
 from lmrepair.cli.options import (
     Device,
     Dtype,
@@ -24,7 +25,6 @@ from lmrepair.cli.options import (
     chosen_method,
     refuse_unwritable,
 )
-from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text, show
 from lmrepair.errors import UsageError
 from lmrepair.methods import DEFAULT, METHODS
 
