@@ -39,7 +39,8 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "patch.disk": "stored placing others copies writing source",
     "patch.serving": "factors choice peft gguf engines",
     "cli.patches": "common folders parts serve trouble",
-    "cli.output": "console clock bars render render_measures render_fix",
+    "cli.output": "console clock bars render render_measures",
+    "cli.fix": "outcomes commands",
     "bench.report": "results figures tables plots page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

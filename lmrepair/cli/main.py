@@ -67,7 +67,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Show the whole way on the model that ships: find mistakes, repair, verify, take back."""
     from lmrepair.cli.demo import run_demo
 
-    data = run_demo(device, _silent if as_json else say)
+    data = run_demo(device, (lambda _: None) if as_json else say)
     if as_json:
         show_result(data, [], as_json)
     raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
