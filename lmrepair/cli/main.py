@@ -363,7 +363,14 @@ def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) ->
     from lmrepair.model import load
 
     torch.manual_seed(seed)
-    return load(model, device=device, dtype=dtype, trust_remote_code=trust)
+    net = load(model, device=device, dtype=dtype, trust_remote_code=trust)
+    if net.source.unread:
+        shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
+        more = ", …" * (len(net.source.unread) > 3)
+        typer.echo(
+            f"not loaded: {len(net.source.unread)} tensors that the model has no place for ({shown}{more})", err=True
+        )
+    return net
 
 
 def _dtype(dtype: str, patch: Any) -> str:
