@@ -110,9 +110,7 @@ class Guard:
     given: tuple[int, int]
 
     @staticmethod
-    def of(
-        net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens], full: bool = False
-    ) -> Guard:
+    def of(net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens], full: bool = False) -> Guard:
         """Read the net as it is now; ``full``: KL is measured on all reference text, not as far as it decides.
 
         Raises WrongModelError for a patch in memory that was made for another model, FailuresError where

@@ -1,4 +1,4 @@
-"""From what the head reads to logits, as the model itself makes them: kept small, run a block of positions at a time."""
+"""From what the head reads to logits, as the model itself makes them, a block of positions at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE = 8  # positions at which head and model are compared
 
 @dataclass(frozen=True)
 class Head:
-    """The way from states [n, d] to logits [n, V]: the head, and a ``scale`` or a ``cap`` (c·tanh(x/c)) where one follows.
+    """The way from states [n, d] to logits [n, V]: the head, and a ``scale`` or a ``cap`` c (c·tanh(x/c)) behind it.
 
     ``whole``: the model does something else there, and its own logits stand in for the states.
     """

@@ -458,11 +458,15 @@ DAMAGE: dict[str, Any] = {
     "metadata too deep": lambda data: safetensors.torch.save({}, {"lmrepair": "[" * 100_000}),
     "not a number": forge(nan),
     "infinite": forge(lambda _, tensors: tensors["outputs.0.diagonal"].fill_(torch.inf)),
-    "of another width": forge(lambda _, tensors: tensors.update({"inputs.0.rows": torch.ones(20, WIDTH + 1).bfloat16()})),
+    "of another width": forge(
+        lambda _, tensors: tensors.update({"inputs.0.rows": torch.ones(20, WIDTH + 1).bfloat16()})
+    ),
     "of another kind": forge(lambda _, tensors: tensors.update({"outputs.0.rows": torch.ones(3, HIDDEN).bfloat16()})),
     "of no dimension": forge(lambda _, tensors: tensors.update({"outputs.0.diagonal": torch.tensor(1.0)})),
     "of another type": forge(lambda _, tensors: tensors.update({"outputs.0.diagonal": torch.ones(HIDDEN).half()})),
-    "a layer less": forge(lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("outputs.2.")]),
+    "a layer less": forge(
+        lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("outputs.2.")]
+    ),
     "a tensor more": forge(lambda _, tensors: tensors.update({"outputs.9.diagonal": torch.ones(3)})),
     "for something else": forge(lambda record, _: record.update(key="0" * 64)),
     "tokens that are no number": forge(lambda record, _: record.update(tokens="many")),

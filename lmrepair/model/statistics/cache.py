@@ -19,7 +19,10 @@ from torch import Tensor
 
 from lmrepair.errors import UsageError
 from lmrepair.failures import Reference, Tokens, write_atomically
-from lmrepair.model import Asked, Moment, Net, OnDemand, Progress, Statistics, fingerprint, quiet, settled
+from lmrepair.model.digests import fingerprint
+from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
+from lmrepair.model.net import Net, settled
+from lmrepair.model.progress import Progress, quiet
 from lmrepair.model.statistics.packing import pack, shapes, size, unpack
 from lmrepair.model.statistics.sums import Sums, kind_for
 from lmrepair.model.statistics.texts import windows

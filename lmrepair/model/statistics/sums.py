@@ -10,7 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lmrepair.failures import Tokens
-from lmrepair.model import Asked, Batch, Head, Moment, Net, OnDemand, Statistics, refuse_infinite, settled
+from lmrepair.model.batches import Batch
+from lmrepair.model.head import Head
+from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
+from lmrepair.model.net import Net, refuse_infinite, settled
 from lmrepair.model.statistics.packing import strips
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
@@ -126,7 +129,7 @@ class Sums:
             for layer, one in sums.items():
                 names = (f"{part}.{layer}.{number}" for number in range(len(state)))
                 device = "cpu" if one.kind == "sampled" else self.net.device
-                one.parts = [state[name].to(device) for name in names if name in state]
+                one.parts = [state[name].to(device, copy=True) for name in names if name in state]
 
 
 def kind_for(asked: str, width: int) -> str:

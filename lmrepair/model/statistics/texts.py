@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Tokens
-from lmrepair.model import Net
+from lmrepair.model.net import Net
 
 WINDOW = 256  # tokens read of one reference text
 
