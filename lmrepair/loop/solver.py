@@ -207,7 +207,7 @@ class Solver:
             self.preferred = preferred
         return earlier if worse and method.undoes else memory
 
-    def _moved(self, deltas: Mapping[int, Tensor]) -> float:
+    def _moved(self, deltas: Mapping[int, Delta]) -> float:
         """KL on the probe with a whole change, which stays written."""
         if self._probe is None:
             self.trial.write(self.start)
@@ -215,7 +215,7 @@ class Solver:
         self.trial.write(deltas)
         return self._probe.kl()
 
-    def _ruined(self, heard: Heard | None, now: Mapping[Tokens, Tensor], safe: Mapping[int, Tensor]) -> bool:
+    def _ruined(self, heard: Heard | None, now: Mapping[Tokens, Tensor], safe: Mapping[int, Delta]) -> bool:
         """Whether the model is being destroyed; then the change is the last ``safe`` one again.
 
         Where the failures' own prompts say hardly anything else than before, the probe is not read.

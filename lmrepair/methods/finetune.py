@@ -42,13 +42,13 @@ class FineTune(Paced):
         if self.learning_rate:
             moves, moments = adam(gradients, before, self.learning_rate)
             return Step({layer: problem.deltas[layer] + move for layer, move in moves.items()}, _Memory(moments))
-        moments = before
+        kept = before
 
         def lead(sizes: Mapping[int, float]) -> Lead:
-            nonlocal moments
+            nonlocal kept
             # In units of the weights, so that what Adam adds to a spread is a share of the same size everywhere.
-            moves, moments = adam({layer: sizes[layer] * g for layer, g in gradients.items()}, before, 1.0)
+            moves, kept = adam({layer: sizes[layer] * g for layer, g in gradients.items()}, before, 1.0)
             return steepest(problem.deltas, moves, gradients, sizes)
 
         paces = self.paced(problem, known.paces if known is not None else None, lead)
-        return Step(paces.way.end, _Memory(moments, paces))
+        return Step(paces.way.end, _Memory(kept, paces))

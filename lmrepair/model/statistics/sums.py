@@ -96,7 +96,7 @@ class Sums:
 
     def _slopes(self, seen: Tensor) -> Tensor:
         """The gradient of the loss of sampled tokens where the head reads, a block of positions at a time."""
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(seen), self.head.positions):
             part = seen[start : start + self.head.positions].detach().requires_grad_()
             logits = self.head.logits(part).float()
