@@ -132,7 +132,7 @@ class Sums:
             for layer, one in sums.items():
                 names = (f"{part}.{layer}.{number}" for number in range(len(state)))
                 device = "cpu" if one.kind == "sampled" else self.net.device
-                one.parts = [state[name].to(device) for name in names if name in state]
+                one.parts = [state[name].to(device, copy=True) for name in names if name in state]
 
 
 def kind_for(asked: str, width: int) -> str:
