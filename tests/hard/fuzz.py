@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import oracle_models
 import torch
-from oracle_models import FAILURES
+from oracle_models import FAILURES, bold_star
 
-from lmrepair import LmrepairError, MinKl, Patch, Reference, Star, read_failures, read_reference, repair
+from lmrepair import LmrepairError, MinKl, Patch, Reference, read_failures, read_reference, repair
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 from lmrepair.patch.format import _stamp
 
@@ -85,7 +85,7 @@ def header_damaged(raw: bytes, chance: random.Random) -> bytes:
 def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
     """Name, a sound file, and what reads it."""
     net = oracle_models.net()
-    star = Star(share="1/16", learning_rate=0.1, epochs=200, margin=0.1)
+    star = bold_star(share="1/16", learning_rate=0.1, epochs=200, margin=0.1)
     patches = []
     for method in (star, MinKl()):
         result = repair(net, FAILURES[:1], method, TEXT)

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import oracle_models
 import torch
-from oracle_models import FAILURES
+from oracle_models import FAILURES, bold_star
 
-from lmrepair import Patch, Reference, Star, repair
+from lmrepair import Patch, Reference, repair
 from lmrepair.patch import Writing, rewrite, save_model
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
@@ -59,7 +59,7 @@ def main() -> None:
     given = parser.parse_args()
     chance = random.Random(given.seed)
     net = oracle_models.net("llama", dtype=torch.bfloat16)
-    result = repair(net, FAILURES[:1], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+    result = repair(net, FAILURES[:1], bold_star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
     assert result.patch is not None
     result.patch.revert(net)
     found: Counter[str] = Counter()

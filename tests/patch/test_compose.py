@@ -11,9 +11,9 @@ import oracle_models
 import pytest
 import torch
 from factored import factored
-from oracle_models import FAILURES, State, same_bits
+from oracle_models import FAILURES, State, bold_star, same_bits
 
-from lmrepair import Patch, PatchError, Reference, Star, WrongModelError, load, repair
+from lmrepair import Patch, PatchError, Reference, WrongModelError, load, repair
 from lmrepair.patch import combine, difference, held_whole, rewrite, save_model, without
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
@@ -25,7 +25,7 @@ def parts(seed: int = 0) -> tuple[Patch, ...]:
     net = oracle_models.net(seed=seed)
     found = []
     for failure in FAILURES[:3]:
-        result = repair(net, [failure], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(net, [failure], bold_star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
         assert result.patch is not None
         result.patch.revert(net)
         found.append(result.patch)
