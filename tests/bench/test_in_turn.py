@@ -16,7 +16,7 @@ from lmrepair.model.statistics import windows
 
 ONE = Reference("one", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
 TWO = Reference("two", ("select name from persons;", "{}"))
-STAR = Star(learning_rate=0.1)
+STAR = Star(max_probe_kl=float("inf"), learning_rate=0.1)
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)

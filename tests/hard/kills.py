@@ -59,7 +59,9 @@ def main() -> None:
     given = parser.parse_args()
     chance = random.Random(given.seed)
     net = oracle_models.net("llama", dtype=torch.bfloat16)
-    result = repair(net, FAILURES[:1], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+    result = repair(
+        net, FAILURES[:1], Star(max_probe_kl=float("inf"), share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT
+    )
     assert result.patch is not None
     result.patch.revert(net)
     found: Counter[str] = Counter()

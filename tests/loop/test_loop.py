@@ -21,7 +21,7 @@ from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem, Step
 from lmrepair.patch.patch import Patch
 
-STAR = Star(learning_rate=0.1, epochs=200)
+STAR = Star(max_probe_kl=float("inf"), learning_rate=0.1, epochs=200)
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
@@ -29,7 +29,7 @@ STAR = Star(learning_rate=0.1, epochs=200)
 def test_together(kind: str, dtype: torch.dtype) -> None:
     net = oracle_models.net(kind, dtype=dtype)
     failures = [*FAILURES[:2], answered(net)]
-    result = repair(net, failures, Star(learning_rate=0.05, epochs=300, share="1"), TEXT)
+    result = repair(net, failures, Star(max_probe_kl=float("inf"), learning_rate=0.05, epochs=300, share="1"), TEXT)
     assert [outcome.failing for outcome in result.outcomes] == [True, True, False]
     assert (result.failing, result.repaired) == (2, 2)
     assert not any(outcome.after for outcome in result.outcomes)
@@ -121,7 +121,7 @@ def test_one_that_resists_does_not_cost_the_others() -> None:
     net = oracle_models.net()
     net.tokenizer.chat_template = "<s>{{ messages[0].content }}"
     chat = Failure("", " no", "chat", (), ({"role": "user", "content": FAILURES[2].prompt},))
-    result = repair(net, [*FAILURES[:3], chat], Star(learning_rate=0.1, epochs=60), TEXT)
+    result = repair(net, [*FAILURES[:3], chat], Star(max_probe_kl=float("inf"), learning_rate=0.1, epochs=60), TEXT)
     assert 2 <= result.repaired <= 3
     for outcome in result.outcomes:
         assert outcome.repaired == (not outcome.after)

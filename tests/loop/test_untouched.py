@@ -110,7 +110,14 @@ def test_the_gate_and_the_record_share_one_measurement(drift: str, monkeypatch: 
     real = Untouched.measure
     monkeypatch.setattr(Untouched, "measure", lambda *given: made.append(1) or real(*given))
     net = oracle_models.net()
-    result = repair(net, oracle_models.FAILURES[:1], Star(learning_rate=0.1), TEXT, gate=Gate(1e6), drift=drift)
+    result = repair(
+        net,
+        oracle_models.FAILURES[:1],
+        Star(max_probe_kl=float("inf"), learning_rate=0.1),
+        TEXT,
+        gate=Gate(1e6),
+        drift=drift,
+    )
     assert result.patch is not None
     assert result.gate is not None
     assert len(made) == 1

@@ -17,7 +17,7 @@ from lmrepair.patch.patch import Patch
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
     result: Repair
-    (result,) = repair_each(net, [failure], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [failure], Star(max_probe_kl=float("inf"), learning_rate=0.1))
     assert result.patch is not None
     assert result.repaired == 1
     return result.patch

@@ -83,7 +83,7 @@ def test_effects_of_a_repair() -> None:
     net = oracle_models.net()
     untouched = State.of(net)
     grid = build_grid(fields(), WORDINGS)
-    (result,) = repair_each(net, [grid.cell(1, 0)], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [grid.cell(1, 0)], Star(max_probe_kl=float("inf"), learning_rate=0.1))
     assert result.patch is not None
     before = answers(net, grid.cells, generate=False)
     found = grid_effects(net, grid, result.patch, (1, 0))

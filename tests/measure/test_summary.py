@@ -35,7 +35,7 @@ TEXTS = [Reference("fox", ("the quick brown fox",)), Reference("code", ("for i i
 
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
-    (result,) = repair_each(net, [failure], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [failure], Star(max_probe_kl=float("inf"), learning_rate=0.1))
     assert result.patch is not None
     return result.patch
 

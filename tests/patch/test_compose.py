@@ -25,7 +25,12 @@ def parts(seed: int = 0) -> tuple[Patch, ...]:
     net = oracle_models.net(seed=seed)
     found = []
     for failure in FAILURES[:3]:
-        result = repair(net, [failure], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(
+            net,
+            [failure],
+            Star(max_probe_kl=float("inf"), share="1/4", learning_rate=0.1, epochs=200, margin=0.1),
+            TEXT,
+        )
         assert result.patch is not None
         result.patch.revert(net)
         found.append(result.patch)

@@ -20,7 +20,12 @@ TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brow
 def parts(net: Net) -> list[Patch]:
     found = []
     for failure in FAILURES[:2]:
-        result = repair(net, [failure], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(
+            net,
+            [failure],
+            Star(max_probe_kl=float("inf"), share="1/4", learning_rate=0.1, epochs=200, margin=0.1),
+            TEXT,
+        )
         assert result.patch is not None
         result.patch.revert(net)
         found.append(result.patch)
@@ -92,7 +97,12 @@ def test_the_first_patches_are_added_or_put_on_in_turn() -> None:
     with combine([one, two], net).on(net):
         assert all(torch.equal(net.columns(layer), values) for layer, values in enumerate(added))
     with one.on(net):
-        result = repair(net, [FAILURES[2]], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(
+            net,
+            [FAILURES[2]],
+            Star(max_probe_kl=float("inf"), share="1/4", learning_rate=0.1, epochs=200, margin=0.1),
+            TEXT,
+        )
         assert result.patch is not None
         result.patch.revert(net)
     with first_patches(net, [one, result.patch]):

@@ -41,7 +41,9 @@ EXTRA = {"LICENSE": "Apache", "tokenizer.model": "\x00\x01pieces", "custom/model
 def made(kind: str, dtype: torch.dtype, how: str) -> bytes:
     """A patch for a tiny model: of some neurons, or of whole layers as factors."""
     net: Net = oracle_models.net(kind, dtype=dtype)
-    result = repair(net, FAILURES[:2], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+    result = repair(
+        net, FAILURES[:2], Star(max_probe_kl=float("inf"), share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT
+    )
     assert result.patch is not None
     result.patch.revert(net)
     return (factored(net, result.patch) if how == "factors" else result.patch).serialise()

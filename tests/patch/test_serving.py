@@ -38,7 +38,7 @@ gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'lmrepair[ggu
 @cache
 def made(kind: str, method: str) -> bytes:
     net = oracle_models.net(kind)
-    star = Star(share="1/4", layers="1/2", learning_rate=0.1, epochs=200, margin=0.1)
+    star = Star(max_probe_kl=float("inf"), share="1/4", layers="1/2", learning_rate=0.1, epochs=200, margin=0.1)
     result = repair(net, FAILURES[:3], star if method == "star" else MinKl(), TEXT)
     assert result.patch is not None
     assert result.repaired > 0
