@@ -70,6 +70,10 @@ def main() -> None:
         else:
             net.model.save_pretrained(folder / "old", max_shard_size="20KB")
         rewrite(folder / "old", result.patch, False, folder / "new")
+        start = time.perf_counter()
+        for revert in (False, True):  # how long a child needs to be somewhere in its work, on this machine and now
+            rewrite(folder / ("new" if revert else "old"), result.patch, revert, folder / "model", Writing(force=True))
+        span = (time.perf_counter() - start) / 2
         known = {digest(folder / "old"): "old", digest(folder / "new"): "new"}
         for at in range(given.kills):
             place = "in place" if at % 2 else "output"
@@ -80,7 +84,7 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 work(folder, result.patch, place)
-            time.sleep(chance.uniform(0.0, 0.25))
+            time.sleep(chance.uniform(0.0, 3 * span))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             if (folder / "error").exists():
