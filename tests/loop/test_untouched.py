@@ -15,7 +15,7 @@ from lmrepair.loop.untouched import Untouched, bounds, decided
 from lmrepair.measure.drift import measure_drift
 from lmrepair.model.edit import Change
 
-STAR = Star(learning_rate=0.1, epochs=100)
+STAR = Star(learning_rate=0.1, epochs=100, max_probe_kl=math.inf)
 TEXT = Reference("code", ("for i in range(10):\n    print(i)\n" * 3, "select name from persons;", "ab"))
 MORE = Reference("fox", ("the quick brown fox jumps over the lazy dog " * 2,))
 
