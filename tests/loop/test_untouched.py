@@ -54,18 +54,19 @@ def test_all_that_is_read_is_the_drift(kind: str, full: bool, monkeypatch: pytes
 
 
 def test_far_from_the_bound_few_positions_are_read_and_the_net_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STAGES", (6, 256))
+    monkeypatch.setattr(module, "STAGES", (16, 256))
     net = oracle_models.net()
     read = Untouched.of(net, [TEXT, MORE])
     passes: list[int] = []
     real = Net.logits_and_states
     monkeypatch.setattr(Net, "logits_and_states", lambda *given, **named: passes.append(1) or real(*given, **named))
     small = read.measure(edit(net, 1e-4), 0.1)
-    assert small.drift.tokens == 5 + 5 + 2 + 5
+    few = small.drift.tokens
+    assert few < 60 < sum(len(item.target) for _, item in read.texts)
     assert len(passes) == 2  # without the edit and with it
-    assert read.measure(edit(net, 10.0), 0.1).drift.tokens == 17
+    assert read.measure(edit(net, 10.0), 0.1).drift.tokens == few
     assert len(passes) == 3
-    assert read.measure(edit(net), math.inf).drift.tokens == 17
+    assert read.measure(edit(net), math.inf).drift.tokens == few
     assert len(passes) == 4
 
 
