@@ -22,6 +22,10 @@ class ModelError(LmrepairError):
     """A model that cannot be loaded, placed or edited."""
 
 
+class NotFiniteError(ModelError):
+    """A model whose logits are NaN or infinite: nothing can be read from it."""
+
+
 class PatchError(LmrepairError):
     """A patch file that is damaged, or not a patch."""
 

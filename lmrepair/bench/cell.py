@@ -99,11 +99,11 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def model_source(job: Job) -> str | None:
-    """What ``load`` takes: None for the embedded model, a folder below ``models``, or a hub name."""
+    """What ``load`` takes: None for the embedded model, a folder or a file below ``models``, or a hub name."""
     path = job.cell.model.path
     if path == EMBEDDED:
         return None
-    return str(job.models / path) if (job.models / path).is_dir() else path
+    return str(job.models / path) if (job.models / path).exists() else path
 
 
 def data_file(job: Job, name: str, embedded: str) -> Path:

@@ -233,6 +233,8 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
     if folder.is_dir():
         parts = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt", ".model"))
         made["model"] = _digest([[path.name, _hashed(path, hashed)] for path in parts])
+    elif folder.is_file():
+        made["model"] = _hashed(folder, hashed)
     return made
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lmrepair.cli.output import say
+from lmrepair.measure import visible
 
 if TYPE_CHECKING:
     from lmrepair.failures import Failure
@@ -38,7 +42,12 @@ def load_net(model: str | None, device: str, dtype: str, seed: int, trust: bool)
     from lmrepair.model import load
 
     torch.manual_seed(seed)
-    return load(model, device=device, dtype=dtype, trust_remote_code=trust)
+    net = load(model, device=device, dtype=dtype, trust_remote_code=trust)
+    if net.source.unread:
+        shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
+        more = ", …" * (len(net.source.unread) > 3)
+        say(f"not loaded: {len(net.source.unread)} tensors that the model has no place for ({shown}{more})", sys.stderr)
+    return net
 
 
 def dtype_of(dtype: str, patch: Any) -> str:

@@ -33,10 +33,17 @@ if TYPE_CHECKING:
         Inverse as Inverse,
         Metric as Metric,
         Moment as Moment,
+        OnDemand as OnDemand,
         Statistics as Statistics,
     )
-    from lmrepair.model.net import DTYPES as DTYPES, TOKENS_AT_ONCE as TOKENS_AT_ONCE, Net as Net, settled as settled
+    from lmrepair.model.net import (
+        DTYPES as DTYPES,
+        TOKENS_AT_ONCE as TOKENS_AT_ONCE,
+        Net as Net,
+        settled as settled,
+    )
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
+    from lmrepair.model.source import Source as Source
     from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows
 
 __getattr__, __dir__ = door(__name__)

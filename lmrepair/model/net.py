@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from lmrepair.errors import ModelError
+from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.failures import Failure, Tokens, tokenize
-from lmrepair.model.anatomy import Anatomy, find, weight
+from lmrepair.model.anatomy import Anatomy, find, first_infinite, not_finite, weight
 from lmrepair.model.batches import Batch, Preference, Reading, Sites, Watched
+from lmrepair.model.source import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
@@ -30,15 +31,16 @@ TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
 class Net:
     """A causal language model ready to be read and repaired.
 
-    Holds no state of its own beside what it was made from; ``name`` is how results refer to it,
-    ``placing_seconds`` how long its parts were looked for.
+    Holds no state of its own beside what it was made from; ``name`` is how results refer to it, ``source``
+    where it came from, ``placing_seconds`` how long its parts were looked for.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", source: Source | None = None) -> None:
         """Place the parts of the model. Raises ModelError for a model that cannot be placed or edited."""
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+        self.source = source or Source()
         began = time.perf_counter()
         with settled(model):
             self.anatomy: Anatomy = find(model)
@@ -63,6 +65,16 @@ class Net:
     @property
     def dtype(self) -> torch.dtype:
         return weight(self.anatomy.projections[0]).dtype
+
+    @property
+    def pad(self) -> int:
+        """A token id to pad with: it is masked, so any that the model has an embedding for will do."""
+        return self._embedded(self.tokenizer.pad_token_id)
+
+    def _embedded(self, *tokens: int | None) -> int:
+        """The first of the token ids that the model has an embedding for; 0 where none is."""
+        table = self.model.get_input_embeddings().weight
+        return next((token for token in tokens if token is not None and 0 <= token < len(table)), 0)
 
     def columns(self, layer: int) -> Tensor:
         """The neurons of a layer, [m, d]: a view, so that writing to it writes to the model."""
@@ -98,8 +110,7 @@ class Net:
 
     def _batch(self, tokens: Sequence[Tokens]) -> Batch:
         width = max(len(item.ids) for item in tokens)
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(tokens), width), pad)
+        ids = torch.full((len(tokens), width), self.pad)
         mask = torch.zeros_like(ids)
         rows: list[int] = []
         wanted: list[int] = []
@@ -127,7 +138,8 @@ class Net:
     ) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph.
 
-        ``shown``: the head is run on so many of the positions only (default: all).
+        ``shown``: the head is run on so many of the positions only (default: all). Raises NotFiniteError where
+        a position has no largest logit.
         """
         chosen = batch.rows if rows is None else rows
         states: list[Tensor] = []
@@ -142,7 +154,14 @@ class Net:
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]
+        if not bool(logits.detach().amax(dim=-1).isfinite().all()):
+            raise self._not_finite(batch.ids, batch.mask)
         return logits, states[0]
+
+    def _not_finite(self, ids: Tensor, mask: Tensor) -> NotFiniteError:
+        with torch.no_grad():
+            where = first_infinite(self.model, lambda: self.model(input_ids=ids, attention_mask=mask, use_cache=False))
+        return NotFiniteError(not_finite(where, self.dtype))
 
     def prefer(self, batches: Sequence[Batch]) -> Preference:
         """What the model prefers at every target position of the batches: one forward pass each."""
@@ -230,7 +249,7 @@ class Net:
         for group in groups.values():
             prompts = torch.tensor([tokens[index].prompt for index in group], device=self.device)
             longest = max(len(tokens[index].target) for index in group)
-            with torch.inference_mode(), _decoding(self.model, self.tokenizer, longest):
+            with torch.inference_mode(), _decoding(self, longest):
                 output = self.model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
             for index, row in zip(group, output[:, prompts.shape[1] :].tolist(), strict=True):
                 made[index] = tuple(row[: len(tokens[index].target)])
@@ -242,25 +261,18 @@ class Net:
         They start from the token that texts of this model start with, and do not stop at ends of text. Raises
         ModelError for a model whose logits are no finite numbers.
         """
-        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
-        first = next(token for token in special if token is not None)
+        first = self._embedded(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         starts = torch.full((count, 1), first, device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             torch.inference_mode(),
             torch.random.fork_rng(devices),
-            _decoding(self.model, self.tokenizer, length, True),
+            _decoding(self, length, True),
         ):
-            refuse_infinite(self.logits(self._batch([Tokens("start", (first,), (first,))])))
+            self.logits(self._batch([Tokens("start", (first,), (first,))]))
             torch.manual_seed(seed)
             output = self.model.generate(input_ids=starts, attention_mask=torch.ones_like(starts))
         return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
-
-
-def refuse_infinite(logits: Tensor) -> None:
-    """Raise ModelError for logits that nothing can be sampled from."""
-    if not bool(logits.isfinite().all()):
-        raise ModelError("the model's logits are no finite numbers; load it in float32 or bfloat16")
 
 
 @contextmanager
@@ -281,18 +293,28 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding(model: Any, tokenizer: Any, length: int, sampled: bool = False) -> Iterator[None]:
-    """Plain greedy decoding, or plain sampling of exactly ``length`` tokens, whatever the model's own settings."""
-    kept = model.generation_config
+def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
+    """Plain greedy decoding, or plain sampling of exactly ``length`` tokens, whatever the model's own settings.
+
+    Raises NotFiniteError where the head puts out what nothing can be chosen from.
+    """
+    model, kept = net.model, net.model.generation_config
+
+    def look(_: nn.Module, __: Any, made: Tensor) -> None:
+        if not bool(made[..., -1, :].amax(dim=-1).isfinite().all()):
+            raise NotFiniteError(not_finite("", net.dtype))
+
+    handle = net.anatomy.head.register_forward_hook(look)
     model.generation_config = GenerationConfig(
         do_sample=sampled,
         max_new_tokens=length,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_token_id=net.pad,
         eos_token_id=kept.eos_token_id if kept is not None and not sampled else None,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=net.tokenizer.bos_token_id,
         **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
     )
     try:
         yield
     finally:
+        handle.remove()
         model.generation_config = kept

@@ -56,6 +56,7 @@ class Made:
     drift: Mapping[str, Any]
     versions: Mapping[str, str]
     gate: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Contents:
             "drift": dict(self.made.drift),
             "versions": dict(self.made.versions),
             **({"gate": dict(self.made.gate)} if self.made.gate else {}),
+            **({"source": dict(self.made.source)} if self.made.source else {}),
         }
         text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
         blank = safetensors.torch.save(tensors, {KEY: text})
@@ -176,6 +178,7 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record["drift"]),
         dict(record["versions"]),
         dict(record.get("gate", {})),
+        dict(record.get("source", {})),
     )
     return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers))
 

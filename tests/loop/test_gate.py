@@ -578,7 +578,7 @@ def test_the_commands_gate(run: Run) -> None:
 
     Path("protect.jsonl").write_text('{"prompt": "import os\\n\\npath = os."}\n', encoding="utf-8")
     assert run("apply", "a.patch.safetensors", "--model", MODEL, "--output", "patched")[0] == 0
-    flags = ["--memory", "a.patch.safetensors", "--protect", "protect.jsonl"]
+    flags = ["--memory", "a.patch.safetensors", "--protect", "protect.jsonl", "--own-texts", "4"]
     code, out, _ = run("repair", "b.jsonl", "--reference", "text.txt", "--model", "patched", *flags, "--json")
     gate = json.loads(out)["gate"]
     assert (gate["protected"], gate["memory"], gate["memory_unwatched"]) == (1, 1, 0)

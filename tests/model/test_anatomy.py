@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lmrepair.errors import ModelError
+from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.model.anatomy import find
 
 LLAMA = {
@@ -31,6 +31,8 @@ OPT = {
     "max_position_embeddings": 64, "word_embed_proj_dim": 32,
 }  # fmt: skip
 
+GPT_LIKE = {**LLAMA, "new_decoder_architecture": False, "parallel_attn": True, "alibi": False}
+
 PLACED: dict[str, tuple[Any, dict[str, Any], str, int]] = {
     "llama": (hf.LlamaConfig, GROUPED, "model.layers.0.mlp.down_proj", 48),
     "llama, square FFN": (hf.LlamaConfig, {**LLAMA, "intermediate_size": 32}, "model.layers.0.mlp.down_proj", 32),
@@ -48,6 +50,19 @@ PLACED: dict[str, tuple[Any, dict[str, Any], str, int]] = {
     "gemma2": (hf.Gemma2Config, {**GROUPED, "head_dim": 8}, "model.layers.0.mlp.down_proj", 48),
     "opt": (hf.OPTConfig, OPT, "model.decoder.layers.0.fc2", 48),
     "gptj": (hf.GPTJConfig, {**GPT, "rotary_dim": 4}, "transformer.h.0.mlp.fc_out", 128),
+    "olmo, norms without a gain": (hf.OlmoConfig, GROUPED, "model.layers.0.mlp.down_proj", 48),
+    "nanochat, norms without a gain": (hf.NanoChatConfig, GROUPED, "model.layers.0.mlp.fc2", 48),
+    "falcon, adds in place": (hf.FalconConfig, {**GPT_LIKE, "ffn_hidden_size": 48}, "transformer.h.0.mlp.dense_4h_to_h",
+                              48),
+    "bert as a decoder": (hf.BertConfig, {**LLAMA, "is_decoder": True}, "bert.encoder.layer.0.output.dense", 48),
+    "qwen3.5, recurrent and attention blocks": (hf.Qwen3_5TextConfig, {
+        **GROUPED, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "model.layers.0.mlp.down_proj", 48),
+    "gemma4, wider than its per-layer projection": (hf.Gemma4TextConfig, {
+        **GROUPED, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"]}, "model.layers.0.mlp.down_proj", 48),
     "bloom": (hf.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
               "transformer.h.0.mlp.dense_4h_to_h", 128),
 }  # fmt: skip
@@ -110,8 +125,14 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def test_weights_that_cannot_be_edited_are_refused() -> None:
     model = build(*PLACED["llama"][:2])
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(ModelError, match="quantised"):
+    model.config.quantization_config = {"quant_method": "gguf"}  # a mark on float weights says nothing
+    assert find(model).widths == (48, 48)
+    model.model.layers[0].self_attn.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+    with pytest.raises(ModelError, match=r"qweight holds packed torch.int32 weights; quantised"):
+        find(model)
+    model = build(*PLACED["llama"][:2])
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="is torch.int8; quantised"):
         find(model)
     model = build(*PLACED["llama"][:2])
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.empty(48, 32, device="meta"))
@@ -128,4 +149,88 @@ def test_layers_that_share_a_projection_are_refused() -> None:
     model = build(*PLACED["llama"][:2])
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
     with pytest.raises(ModelError, match="share one FFN output projection"):
+        find(model)
+
+
+def test_passes_do_not_grow_with_depth() -> None:
+    counts = []
+    for layers in (2, 40):
+        model = build(hf.LlamaConfig, {**LLAMA, "num_hidden_layers": layers, "intermediate_size": 32})
+        passes: list[int] = []
+        model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        assert len(find(model).names) == layers
+        counts.append(len(passes))
+    assert counts[0] == counts[1] <= 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_half_precision_is_placed_and_put_back(name: str, dtype: torch.dtype) -> None:
+    config, settings, wanted, _ = PLACED[name]
+    model = build(config, settings).to(dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] += 300  # a stream whose last place is larger than an FFN's output
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert find(model).names[0] == wanted
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+class Twice(nn.Module):
+    """An FFN that reads its output projection's weight once more."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) + 0.1 * x @ self.mlp.down_proj.weight[:, :32]
+
+
+class Elsewhere(nn.Linear):
+    """A matrix whose weight is not what runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.kept.T  # type: ignore[operator]
+
+
+def test_a_placement_that_cannot_be_proved_is_refused() -> None:
+    model = build(*PLACED["llama"][:2])
+    model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
+    with torch.no_grad():  # the strongest column is one of those that are read twice
+        model.model.layers[1].mlp.mlp.up_proj.weight[0] *= 100
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.mlp\.down_proj cannot be proved"):
+        find(model)
+    model = build(*PLACED["llama"][:2])
+    old = model.model.layers[0].mlp.down_proj
+    new = Elsewhere(48, 32, bias=False)
+    new.register_buffer("kept", old.weight.detach().clone(), persistent=False)
+    model.model.layers[0].mlp.down_proj = new
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj cannot be proved"):
+        find(model)
+
+
+def test_the_text_part_of_a_model_that_sees_is_placed() -> None:
+    config = hf.Gemma3Config(
+        text_config={**GROUPED, "head_dim": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        image_token_index=62, boi_token_index=61, eoi_token_index=60, mm_tokens_per_image=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    found = find(hf.Gemma3ForConditionalGeneration(config).eval())
+    assert [name.endswith(f"language_model.layers.{at}.mlp.down_proj") for at, name in enumerate(found.names)] == [
+        True
+    ] * 2
+    assert (found.vocabulary, found.context) == (64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_that_are_not_finite_are_refused_with_the_first_place(dtype: torch.dtype) -> None:
+    model = build(*PLACED["llama"][:2]).to(dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:] = float("nan")
+    advice = "float32 or bfloat16" if dtype == torch.float16 else "damaged"
+    with pytest.raises(
+        NotFiniteError, match=rf"first to write NaN or infinity is model\.layers\.1\.mlp\.down_proj; .*{advice}"
+    ):
         find(model)

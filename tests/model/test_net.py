@@ -15,7 +15,7 @@ import torch
 from oracle_models import FAILURES, State
 
 from lmrepair import ModelError, UsageError, diagnose, load
-from lmrepair.model.loading import _hub_is_out_of_reach
+from lmrepair.model.loading.opening import _hub_is_out_of_reach
 from lmrepair.model.net import Net, settled
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "lmrepair" / "model" / "embedded" / "model"

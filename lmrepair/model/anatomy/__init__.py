@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find
+    from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find, not_finite as not_finite
     from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
 
 __getattr__, __dir__ = door(__name__)

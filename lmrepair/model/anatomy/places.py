@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lmrepair.errors import ModelError
+from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.model.anatomy.norm import could_be_norms, final_norm
 from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, is_matrix, weight
 from lmrepair.model.anatomy.projections import projections
@@ -131,9 +131,9 @@ def _stack(probe: Probe, stacks: dict[str, list[nn.Module]]) -> tuple[str, Seque
 
 
 def _refuse_infinite(model: nn.Module, probe: Probe) -> None:
-    if not bool(probe.logits.isfinite().all()):
+    if not bool(probe.logits.amax(dim=-1).isfinite().all()):
         where = first_infinite(model, lambda: probe.forward(probe.ids))
-        raise ModelError(not_finite(where, next(model.parameters()).dtype))
+        raise NotFiniteError(not_finite(where, next(model.parameters()).dtype))
 
 
 def not_finite(where: str, dtype: torch.dtype) -> str:

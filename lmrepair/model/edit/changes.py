@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -193,6 +194,16 @@ class LowRank:
         flat = found.view(-1)
         flat[places] = _from_ordered(_ordered(flat[places]) + values, self.dtype)
         return found
+
+    def parts(self, neurons: int) -> Iterator[tuple[slice, LowRank]]:
+        """The same for that many neurons at a time, so that little of the layer is in memory at once."""
+        places, values = self.missed()
+        for start in range(0, self.product.left.shape[1], neurons):
+            some = slice(start, start + neurons)
+            inside = (places >= start * self.width) & (places < (start + neurons) * self.width)
+            packed = pack((places[inside] - start * self.width).numpy(), values[inside].numpy())
+            product = replace(self.product, left=self.product.left[:, some])
+            yield some, LowRank(product, self.dtype, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def factors(self, width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """A [r, m] and B [d, r], float32, with the change of the whole projection [d, m] = B A."""

@@ -1,0 +1,57 @@
+"""GGUF files in: float weights in memory, made from the quantised ones in the file."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from lmrepair.errors import ModelError
+from lmrepair.model.loading.header import Header, read_header
+from lmrepair.model.source import Source
+
+SUFFIX = ".gguf"
+
+
+def gguf_source(path: Path) -> Source:
+    """Check a GGUF file before anything is made of it. Raises ModelError where it or a package is no good."""
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"{path}: reading a GGUF file needs the packages gguf and accelerate; pip install 'lmrepair[gguf]'"
+        )
+    header = read_header(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source("gguf", digest, _form(header))
+
+
+def gguf_options(path: Path) -> dict[str, Any]:
+    """What transformers is to be told: which file, and that the weights are wanted as floats, not packed."""
+    config = getattr(transformers, "GgufConfig", None)  # where it is not, weights are never left packed
+    unpacked = {"quantization_config": config(dequantize=True)} if config is not None else {}
+    return {"gguf_file": path.name, **unpacked}
+
+
+def unmark(model: Any) -> None:
+    """Take off what says that a model is quantised: its weights are floats, and it is to be saved as they are."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+
+
+def _form(header: Header) -> str:
+    """The quantised form's usual name: by the file's own word, else the type that most numbers are stored in."""
+    from gguf.constants import GGMLQuantizationType, LlamaFileType
+
+    said = header.values.get("general.file_type")
+    if said in {kind.value for kind in LlamaFileType}:
+        return LlamaFileType(said).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    most = max(header.types, key=lambda kind: header.types[kind], default=None)
+    return GGMLQuantizationType(most).name if most is not None else ""
