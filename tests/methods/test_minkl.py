@@ -357,7 +357,7 @@ def test_another_solve_of_the_same_failure_stays_in_its_directions() -> None:
     assert any(isinstance(delta, Product) and delta.rank > 2 for delta in again.deltas.values())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), spent=st.integers(0, 4))
 def test_directions_are_the_singular_ones_of_the_metric(seed: int, spent: int) -> None:
     generator = torch.Generator().manual_seed(seed)
