@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Template, read_failures
+from lmrepair.failures import Failure, Template, read_failures, read_protected
 
 
 def refused(tmp_path: Path, row: dict[str, Any]) -> str:
@@ -104,3 +104,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("row", "said"), REFUSED, ids=str)
 def test_what_is_refused_is_said_in_whole_words(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     assert refused(tmp_path, row) == f"line 1: {said}"
+
+
+def test_objects_over_several_lines_are_placed(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{\n"prompt": "a",\n"target": "b"}\n{\n"prompt": 1,\n"target": "b"}\n', encoding="utf-8")
+    with pytest.raises(FailuresError) as found:
+        read_failures(path)
+    assert str(found.value) == f"{path}, line 4: prompt is a number; expected text"
+
+
+def test_one_token_of_an_answer_can_be_protected(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "length": 1}\n', encoding="utf-8")
+    (found,) = read_protected(path)
+    assert (found.length, found.failure.target) == (1, "")
