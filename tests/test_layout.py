@@ -17,22 +17,26 @@ PACKAGE = ROOT / "lmrepair"
 # Rooms import only rooms above them, and inside a room modules only modules above. A new module gets its name here.
 ROOMS = {
     "errors": "",
-    "failures": "files rows tokens wordings reference protected",
-    "model": "progress source anatomy batches net loading digests edit moments statistics",
+    "failures": "files sources forms rows chats tokens wordings reference protected",
+    "model": "progress source anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format patch folder",
     "measure": "shown intervals texts answer drift effects grid verification summary",
-    "loop": "gate judge search case solver outcome loop alone",
+    "loop": "gate untouched judge search case solver outcome loop alone",
+    "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "options render render_measures bars demo study main",
+    "cli": "output faults options starting repairing measuring demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
+    "model.edit": "sparse_integers changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
+    "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
     "methods.keyed": "values keyed rome memit",
+    "cli.output": "console clock bars render render_measures render_fix",
     "bench.report": "results figures tables plots page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -99,11 +99,11 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def model_source(job: Job) -> str | None:
-    """What ``load`` takes: None for the embedded model, a folder below ``models``, or a hub name."""
+    """What ``load`` takes: None for the embedded model, a folder or a file below ``models``, or a hub name."""
     path = job.cell.model.path
     if path == EMBEDDED:
         return None
-    return str(job.models / path) if (job.models / path).is_dir() else path
+    return str(job.models / path) if (job.models / path).exists() else path
 
 
 def data_file(job: Job, name: str, embedded: str) -> Path:
@@ -182,7 +182,7 @@ def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Fa
 
 
 def _asked(row: Failure) -> str:
-    return row.prompt or str([dict(message) for message in row.messages])
+    return row.shown
 
 
 class _Study:
@@ -328,11 +328,15 @@ def side_data(found: SideEffects) -> dict[str, Any]:
 def solved_before(rows: Sequence[Failure], example: Failure) -> list[Failure]:
     """The rows with a solved example before their prompt (or their messages)."""
     if example.messages:
-        turn = (*example.messages, {"role": "assistant", "content": example.target})
-        return [replace(row, messages=(*turn, *row.messages)) if row.messages else row for row in rows]
+        turns = example.answered()
+        return [replace(row, messages=(*turns, *row.messages)) if row.messages else row for row in rows]
     lead = example.prompt + example.target + ("" if example.target.endswith("\n") else "\n")
     return [
-        replace(row, prompt=lead + row.prompt, paraphrases=tuple(lead + text for text in row.paraphrases))
+        replace(
+            row,
+            prompt=lead + row.prompt,
+            paraphrases=tuple(lead + text for text in row.paraphrases if isinstance(text, str)),
+        )
         for row in rows
     ]
 

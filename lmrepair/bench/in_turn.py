@@ -14,7 +14,7 @@ from lmrepair.failures import Failure, Reference, Tokens, contradictions
 from lmrepair.loop import Outcome, repair, repair_each
 from lmrepair.measure import Drift, Scores, answers, measure_drift_by_kind, scores
 from lmrepair.methods import Method
-from lmrepair.model import Net, Progress, Projections, Statistics, Trial, put, quiet, statistics_of
+from lmrepair.model import Net, Progress, Projections, Statistics, Trial, patched, put, quiet, statistics_of, take
 
 MOST = 100  # repairs in one run
 
@@ -101,7 +101,7 @@ def _repair(net: Net, failure: Failure, method: Method, statistics: Statistics |
     (result,) = repair_each(net, [failure], method, statistics=statistics)
     if result.patch is not None and result.repaired:
         for layer, change in result.patch.changes.items():
-            put(net, layer, change.columns, change.patched())
+            put(net, layer, change.columns, patched(take(net, layer, change.columns), change.delta))
     return result.outcomes[0]
 
 

@@ -58,7 +58,7 @@ def _row(net: Net, row: Failure, target: Sequence[int]) -> dict[str, Any]:
     decode = decoder(net)
     return {
         "id": row.id,
-        "prompt": row.prompt or str([dict(message) for message in row.messages]),
+        "prompt": row.shown,
         "target": row.target,
         "tokens": [[token, decode([token])] for token in target],
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,7 @@ def _write(grid: BenchGrid, item: Planned, ended: Ended) -> str:
     """Write a cell's file; the error's text if it failed, else nothing."""
     error = None
     if ended.error is not None:
-        error = error_data(ended.error, (item.job.models, item.job.data, Path.cwd(), Path.home()))
+        error = error_data(ended.error, (item.job.models, item.job.data, Path.cwd(), Path(os.path.expanduser("~"))))
     elif ended.died:
         error = {"type": "WorkerDied", "message": f"its worker died {ATTEMPTS} times (out of memory?)", "at": ""}
     record = {
@@ -232,6 +233,8 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
     if folder.is_dir():
         parts = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt", ".model"))
         made["model"] = _digest([[path.name, _hashed(path, hashed)] for path in parts])
+    elif folder.is_file():
+        made["model"] = _hashed(folder, hashed)
     return made
 
 

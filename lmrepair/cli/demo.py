@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lmrepair.cli.render import drift_text
+from lmrepair.cli.output import drift_text
 from lmrepair.diagnosis import diagnose
 from lmrepair.failures import Failure, Tokens, read_failures, read_lines, read_reference, shipped
 from lmrepair.loop import repair
@@ -27,9 +27,9 @@ def run_demo(device: str, say: Callable[[str], None]) -> dict[str, Any]:
     failures = read_failures(folder / "failures.jsonl")
     neighbours = [str(row["prompt"]) for _, row in read_lines(folder / "neighbours.jsonl")]
     wordings = [
-        replace(failure, prompt=prompt, id=f"{failure.id}.{number}")
+        replace(other, id=f"{failure.id}.{number}")
         for failure in failures
-        for number, prompt in enumerate(failure.paraphrases)
+        for number, other in enumerate(failure.otherwise())
     ]
     net = load(EMBEDDED, device=device)
     untouched = fingerprint(net, {})

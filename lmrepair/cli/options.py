@@ -20,18 +20,29 @@ if TYPE_CHECKING:
     from lmrepair.loop import Gate
     from lmrepair.model import Net, Statistics
 
-Failures = Annotated[Path, typer.Argument(metavar="FAILURES", help="JSON lines with prompt (or messages) and target.")]
+Failures = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FAILURES",
+        help="Rows with prompt (or messages) and target, as JSON lines, a JSON array, CSV or Parquet, also in the "
+        "forms of Alpaca, ShareGPT, OpenAI and others (docs/failures.md); -: standard input.",
+    ),
+]
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
 ModelFolder = Annotated[str, typer.Option("--model", help="Model folder or hub name.")]
 Output = Annotated[Path, typer.Option(help="The folder to write the model to; it must not exist yet.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint (or the patch) says.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read the first N failures only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
 Wrap = Annotated[str | None, typer.Option("--template", help=r"Wraps raw pairs, as in '# {prompt}\n{target}\n'.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask each prompt as a user's turn, in the chat template.")]
+EndTurn = Annotated[
+    bool, typer.Option("--end-turn/--no-end-turn", help="In chats, the target goes on to the token that ends the turn.")
+]
 Text = Annotated[
     Path | None, typer.Option("--reference", help="Text to measure drift on: plain, or JSON lines with text.")
 ]
@@ -95,6 +106,7 @@ def chosen_gate(
     reference: Path | None,
     template: str | None,
     default: bool,
+    end_turn: bool = True,
 ) -> Gate | None:
     """The gate that the options ask for; without any of them, the default one or (``default`` False) none."""
     if max_kl is None and protect is None and not memory and not default:
@@ -104,7 +116,7 @@ def chosen_gate(
     from lmrepair.patch import Patch
 
     limit = MAX_KL if max_kl is None and default else float("inf") if max_kl is None else max_kl
-    protected = tuple(read_protected(protect, template)) if protect is not None else ()
+    protected = tuple(read_protected(protect, template, end_turn=end_turn)) if protect is not None else ()
     return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
 
 
@@ -157,11 +169,14 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
         "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],
         "template": Wrap,
+        "chat": Chat,
+        "end_turn": EndTurn,
         "limit": Limit,
         "device": Device,
         "dtype": Dtype,
         "seed": Seed,
         "trust": Trust,
+        "timings": Annotated[bool, typer.Option("--timings", help="Show where the time went, part by part.")],
         "as_json": Json,
     }
     given = inspect.signature(function).parameters

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import typer
 
 from lmrepair.bench import read_grid
 from lmrepair.cli.options import Device, Json
+from lmrepair.cli.output import say, say_json
 from lmrepair.errors import UsageError
 from lmrepair.measure import visible
 
@@ -52,12 +53,14 @@ def bench(
     planned = plan(
         cells, output, (models or beside).absolute(), (data or beside).absolute(), device, share, only, again
     )
-    summary = run(cells, planned, jobs, executor, lambda line: typer.echo(visible(line, None), err=as_json))
+    summary = run(
+        cells, planned, jobs, executor, lambda line: say(visible(line, None), sys.stderr if as_json else None)
+    )
     if as_json:
         failed = [{"cell": name, "error": error} for name, error in summary.failed]
-        typer.echo(json.dumps({"run": summary.run, "skipped": summary.skipped, "failed": failed}))
+        say_json({"run": summary.run, "skipped": summary.skipped, "failed": failed})
     elif summary.failed:
-        typer.echo(f"{len(summary.failed)} of {summary.run} cells failed; run the same command to try them again")
+        say(f"{len(summary.failed)} of {summary.run} cells failed; run the same command to try them again")
     raise typer.Exit(1 if summary.failed else 0)
 
 
@@ -67,6 +70,6 @@ def report(folder: Folder, output: Html = Path("report.html"), views: Views = 20
 
     cells = write_report(folder, output, views)
     if as_json:
-        typer.echo(json.dumps({"cells": cells, "output": str(output), "bytes": output.stat().st_size}))
+        say_json({"cells": cells, "output": str(output), "bytes": output.stat().st_size})
     else:
-        typer.echo(f"{cells} cells → {visible(str(output), None)}")
+        say(f"{cells} cells → {visible(str(output), None)}")

@@ -1,4 +1,4 @@
-"""Read failures: rows, templates, tokens with the true boundary, other wordings, and the text that must stay."""
+"""Read failures: rows in the field's forms, chats, tokens with the true boundary, other wordings, what must stay."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.failures.files import (
-        read_lines as read_lines,
-        shipped as shipped,
-        write_atomically as write_atomically,
-    )
+    from lmrepair.failures.files import shipped as shipped, write_atomically as write_atomically
+    from lmrepair.failures.forms import Template as Template
     from lmrepair.failures.protected import (
         ANSWER as ANSWER,
         MAX_KL as MAX_KL,
@@ -26,10 +23,10 @@ if TYPE_CHECKING:
     )
     from lmrepair.failures.rows import (
         Failure as Failure,
-        Template as Template,
         contradictions as contradictions,
         read_failures as read_failures,
     )
+    from lmrepair.failures.sources import STANDARD_INPUT as STANDARD_INPUT, read_lines as read_lines
     from lmrepair.failures.tokens import Tokens as Tokens, prompt_ids as prompt_ids, tokenize as tokenize
     from lmrepair.failures.wordings import Wordings as Wordings
 

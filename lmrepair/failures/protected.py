@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures.files import kind_of, read_lines
-from lmrepair.failures.rows import Failure, Template, read_failure
+from lmrepair.failures.forms import Template, form_of
+from lmrepair.failures.rows import Failure, read_failure
+from lmrepair.failures.sources import kind_of, read_rows, source_name
 
 MAX_KL = 0.1  # nats per token on the worst kind of reference text; docs/gate.md has the figures behind it
 
@@ -26,29 +27,34 @@ class Protected:
     length: int = ANSWER
 
 
-def read_protected(path: str | Path, template: Template | str | None = None, length: int = ANSWER) -> list[Protected]:
-    """Read JSON lines: ``prompt`` or ``messages``, and optional ``target``, ``length`` (in tokens), ``id``.
+def read_protected(
+    path: str | Path, template: Template | str | None = None, length: int = ANSWER, end_turn: bool = True
+) -> list[Protected]:
+    """Read rows as ``read_failures`` does, whose target may be missing; ``length`` (in tokens) may stand for it.
 
-    ``length`` is for rows that have neither a target nor a length. Raises FailuresError, with the line, for
+    ``length`` is for rows that have neither a target nor a length. Raises FailuresError, with the place, for
     rows that are no such thing, and for a file without any.
     """
     wrap = Template.parse(template) if isinstance(template, str) else template
     found = []
-    for number, row in read_lines(path):
-        where = f"{path}, line {number}"
-        given = row.get("length", length)
+    for row in read_rows(path):
+        given = row.values.get("length", length)
         if type(given) is not int or given < 1:
             shown = given if type(given) is int else kind_of(given)
             raise FailuresError(
-                f"{where}: length is {shown}; expected how many tokens of the answer must stay, 1 or more"
+                f"{row.where}: length is {shown}; expected how many tokens of the answer must stay, 1 or more"
             )
-        if "length" in row and "target" in row:
+        form = form_of(row.values, row.where, ("length",))
+        failure = replace(read_failure(row, form, wanted=False), end_turn=end_turn)
+        if "length" in row.values and failure.target:
             raise FailuresError(
-                f"{where}: both target and length; the target says how much must stay, leave length out"
+                f"{row.where}: both target and length; the target says how much must stay, leave length out"
             )
-        failure = read_failure({"target": "?", **row}, number, where)
-        failure = wrap.wrap(failure) if wrap else failure
-        found.append(Protected(failure if "target" in row else replace(failure, target=""), given))
+        raw = wrap or (form.template if not failure.messages else None)
+        wrapped = failure.wrapped(raw) if raw else failure
+        found.append(Protected(wrapped if failure.target else replace(wrapped, target=""), given))
     if not found:
-        raise FailuresError(f"{path}: no prompts in it; expected JSON lines with prompt, and target where it is known")
+        raise FailuresError(
+            f"{source_name(path)}: no prompts in it; expected rows with prompt, and target where it is known"
+        )
     return found

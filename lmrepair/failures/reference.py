@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures.files import read_lines, shipped
+from lmrepair.failures.files import shipped
+from lmrepair.failures.sources import read_lines
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,20 @@
-"""Token ids of prompt and target, joined at the true boundary between them."""
+"""Token ids of failures, joined at the true prompt/target boundary."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmrepair.errors import FailuresError
+from lmrepair.failures.chats import rendered
 from lmrepair.failures.rows import Failure
+from lmrepair.failures.sources import is_torn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("lmrepair")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,16 @@ class Tokens:
         return self.prompt + self.target
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The prompt as text and ids, whether special tokens go around it, and the target as text."""
+
+    text: str
+    special: bool
+    ids: list[int]
+    target: str
+
+
 def tokenize(failure: Failure, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Tokens:
     """Token ids of prompt and target, so that generating from the prompt's ids can give the target's.
 
@@ -32,14 +47,15 @@ def tokenize(failure: Failure, tokenizer: PreTrainedTokenizerBase, context: int 
     one): they are what a user's ``generate`` call starts from. The target's ids continue them as the
     joined text does; where a token of the joined text crosses the boundary, the target is encoded as
     a continuation of its own. Raises FailuresError for a target longer than ``context`` leaves room
-    for, or that the tokenizer cannot write.
+    for, or that the tokenizer cannot write, and for what a chat template raises.
     """
-    text, special, prompt = _prompt(failure, tokenizer)
-    target = _target_ids(tokenizer, prompt, text, failure.target, special)
+    asked = _asked(failure, tokenizer)
+    prompt, target = asked.ids, _target_ids(tokenizer, asked)
     unknown = tokenizer.unk_token_id
     if not target or (unknown is not None and unknown != tokenizer.eos_token_id and unknown in target):
+        shown = asked.target if len(asked.target) <= 60 else asked.target[:60] + "…"
         raise FailuresError(
-            f"failure {failure.id!r}: the tokenizer cannot write the target {failure.target!r}; "
+            f"failure {failure.id!r}: the tokenizer cannot write the target {shown!r}; "
             "expected text that its vocabulary covers"
         )
     if context is not None and len(prompt) + len(target) > context:
@@ -52,46 +68,51 @@ def tokenize(failure: Failure, tokenizer: PreTrainedTokenizerBase, context: int 
 
 def prompt_ids(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of the prompt alone, as ``tokenize`` gives them; the target is not looked at."""
-    return tuple(_prompt(failure, tokenizer)[2])
+    return tuple(_asked(failure, tokenizer).ids)
 
 
-def _prompt(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, list[int]]:
-    """The prompt as text, whether special tokens go around it, and its ids."""
-    text, special = failure.prompt, True
+def _asked(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> _Asked:
+    text, special, target = failure.prompt, True, failure.target
     if failure.messages:
-        text, special = _chat(failure, tokenizer), False
+        chat = rendered(failure, tokenizer)
+        text, special, target = chat.prompt, False, chat.target
+    if is_torn(text) or is_torn(target):
+        raise FailuresError(f"failure {failure.id!r} has half of a surrogate pair; expected well-formed Unicode")
     ids = _encode(tokenizer, text, special)
     if not ids:
         raise FailuresError(
             f"failure {failure.id!r}: the prompt has no tokens and the tokenizer adds none; expected at least one"
         )
-    return text, special, ids
-
-
-def _chat(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise FailuresError(
-            f"failure {failure.id!r} has messages, but the tokenizer has no chat template; give a prompt instead"
+    bos = tokenizer.bos_token_id
+    if special and bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+        log.warning(
+            "failure %r: its prompt begins with %s and the tokenizer puts one more before it; leave it out of the "
+            "prompt, or give the chat as messages",
+            failure.id,
+            tokenizer.bos_token,
         )
-    rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in failure.messages], tokenize=False, add_generation_prompt=True
-    )
-    return str(rendered)
+    return _Asked(text, special, ids, target)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     """Ids of a text that something follows: without the EOS that some tokenizers put behind it."""
-    coded = tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
-    ids, mask = list(coded["input_ids"]), list(coded["special_tokens_mask"])
-    while ids and mask[-1] and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-        ids.pop(), mask.pop()
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    if not special:
+        return ids
+    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and _ending(ids, ids[-1]) > _ending(bare, ids[-1]):
+        ids.pop()
     return ids
 
 
-def _target_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], text: str, target: str, special: bool
-) -> list[int]:
-    joined = _encode(tokenizer, text + target, special)
+def _ending(ids: list[int], token: int) -> int:
+    """How many times a token stands at the end."""
+    return next((at for at, found in enumerate(reversed(ids)) if found != token), len(ids))
+
+
+def _target_ids(tokenizer: PreTrainedTokenizerBase, asked: _Asked) -> list[int]:
+    prompt, target = asked.ids, asked.target
+    joined = _encode(tokenizer, asked.text + target, asked.special)
     if joined[: len(prompt)] == prompt:
         return joined[len(prompt) :]
 

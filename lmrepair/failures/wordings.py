@@ -23,13 +23,12 @@ class Wordings:
         """The other prompts of some failures as ``tokenize`` reads them; those it refuses (no room) are left out."""
         found: list[Tokens] = []
         for failure in failures:
-            texts = [text for text in failure.paraphrases if text != failure.asked] if self.paraphrases else []
+            others = failure.otherwise() if self.paraphrases else []
             if not failure.messages:
-                texts += [lead + failure.prompt for lead in self.before]
-            for number, text in enumerate(texts):
-                worded = replace(failure.asking(text), id=f"{failure.id}.{number}", paraphrases=())
+                others += [replace(failure.asking(lead + failure.prompt), paraphrases=()) for lead in self.before]
+            for number, other in enumerate(others):
                 try:
-                    found += tokenize([worded])
+                    found += tokenize([replace(other, id=f"{failure.id}.{number}")])
                 except FailuresError:
                     continue
         return found

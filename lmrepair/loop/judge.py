@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import FailuresError, WrongModelError
 from lmrepair.failures import Protected, Reference, Tokens, prompt_ids, read_kinds
 from lmrepair.loop.gate import Gate
-from lmrepair.measure import measure_drift_by_kind
-from lmrepair.model import Change, Net, Sites, Trial, fingerprint, settled
+from lmrepair.loop.untouched import Measured, Untouched
+from lmrepair.model import Delta, Edit, Net, Product, Sites, Trial, fingerprint, settled
 from lmrepair.patch import Patch
 
 RESOLUTION = 1 / 64  # of the scale that bisection finds
 GRID = 16  # scales at which it is read which failures hold
 
-Changes = Mapping[int, Change]
+Changes = Mapping[int, Edit]
 
 
 def sites_of(changes: Changes) -> Sites:
@@ -39,7 +39,7 @@ class Scaled:
     @contextmanager
     def on(self, net: Net) -> Iterator[None]:
         with Trial(net, sites_of(self.changes)) as trial:
-            trial.write({layer: change.deltas * self.scale for layer, change in self.changes.items()})
+            trial.write(self._deltas())
             yield
 
     def made(self, net: Net) -> Changes:
@@ -47,21 +47,34 @@ class Scaled:
         if self.scale == 1:
             return self.changes
         with Trial(net, sites_of(self.changes)) as trial:
-            return trial.changes({layer: change.deltas * self.scale for layer, change in self.changes.items()})
+            return trial.changes(self._deltas())
+
+    def _deltas(self) -> dict[int, Delta]:
+        if self.scale == 1:
+            return {layer: change.delta for layer, change in self.changes.items()}
+        return {
+            layer: delta.times(self.scale) if isinstance(delta := change.delta, Product) else delta * self.scale
+            for layer, change in self.changes.items()
+        }
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a patch does at one scale that it must not: ``reasons``; there are none where it passes.
 
-    ``broken``: what no longer comes out, as far as it was looked at. ``kl``: by the reference's name, the
-    largest first; empty where something was broken, and where there is no limit.
+    ``broken``: what no longer comes out, as far as it was looked at. ``measured``: the drift on reference text;
+    None where something was broken, and where there is no limit.
     """
 
     scale: float
     reasons: tuple[str, ...] = ()
     broken: tuple[Tokens, ...] = ()
-    kl: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured | None = None
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """By the reference's name, the largest first."""
+        return {name: drift.kl for name, drift in self.measured.kinds.items()} if self.measured else {}
 
     @property
     def passes(self) -> bool:
@@ -93,19 +106,20 @@ class Guard:
 
     ``protected`` comes out in greedy text now, and ``clear`` of it under teacher forcing too; ``memory``
     holds under teacher forcing. ``given``: how many protected prompts and earlier repairs there were.
+    ``untouched``: what the net says of reference text.
     """
 
     net: Net
     gate: Gate
-    references: tuple[Reference, ...]
+    untouched: Untouched
     protected: tuple[Tokens, ...]
     clear: tuple[Tokens, ...]
     memory: tuple[Tokens, ...]
     given: tuple[int, int]
 
     @staticmethod
-    def of(net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens]) -> Guard:
-        """Read the net as it is now.
+    def of(net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens], full: bool = False) -> Guard:
+        """Read the net as it is now; ``full``: KL is measured on all reference text, not as far as it decides.
 
         Raises WrongModelError for a patch in memory that was made for another model, FailuresError where
         one of the failures asks for what the gate forbids.
@@ -123,7 +137,8 @@ class Guard:
             _refuse_opposites(failures, kept, what)
         clear = tuple(item.tokens for item in diagnose(net, protected) if not item.mistakes)
         references = gate.references or ((reference,) if reference is not None else tuple(read_kinds()))
-        return Guard(net, gate, references, protected, clear, memory, (len(gate.protect), len(earlier)))
+        untouched = Untouched.of(net, references, full)
+        return Guard(net, gate, untouched, protected, clear, memory, (len(gate.protect), len(earlier)))
 
     def weigh(self, changes: Changes, scale: float) -> Verdict:
         """What the changes times ``scale`` do that they must not; the net is as it was afterwards."""
@@ -138,14 +153,12 @@ class Guard:
             return Verdict(scale, self._said(broken), broken)
         if self.gate.max_kl == math.inf:
             return Verdict(scale)
-        (drifts,) = measure_drift_by_kind(self.net, [Scaled(changes, scale)], self.references)
-        kl = {name: drift.kl for name, drift in drifts.items()}
-        worst, most = next(iter(kl.items()))
-        if not most <= self.gate.max_kl:
-            return Verdict(
-                scale, (f"KL is {most:.5f} nats/token on {worst}, at most {self.gate.max_kl:g} allowed",), (), kl
-            )
-        return Verdict(scale, (), (), kl)
+        measured = self.untouched.measure(Scaled(changes, scale), self.gate.max_kl)
+        worst, most = next(iter(measured.kinds.items()))
+        if not most.kl <= self.gate.max_kl:
+            said = f"KL is {most.kl:.5f} nats/token on {worst}, at most {self.gate.max_kl:g} allowed"
+            return Verdict(scale, (said,), (), measured)
+        return Verdict(scale, (), (), measured)
 
     def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
         """What the net as it is now does not write in free greedy text."""

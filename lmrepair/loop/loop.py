@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -19,9 +20,20 @@ from lmrepair.loop.judge import Guard, Scaled
 from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded
 from lmrepair.loop.search import Gated, Search, Solved, best_of, gated, why
 from lmrepair.loop.solver import Known, Solver, first_reading, say_memory
-from lmrepair.measure import measure_drift
+from lmrepair.loop.untouched import Measured, Untouched, read_fully
 from lmrepair.methods import Method, MinKl
-from lmrepair.model import Batch, Change, Net, Progress as Progress, Statistics, Trial, fingerprint, quiet, settled
+from lmrepair.model import (
+    Batch,
+    Change,
+    Edit,
+    Net,
+    Progress as Progress,
+    Statistics,
+    Trial,
+    fingerprint,
+    quiet,
+    settled,
+)
 from lmrepair.patch import Item, Made, Patch
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
@@ -38,12 +50,14 @@ def repair(
     statistics: Statistics | None = None,
     gate: Gate | None = None,
     wordings: Wordings | None = None,
+    drift: str = "quick",
 ) -> Repair:
     """Repair all failures together in one patch, and leave the net with that patch applied.
 
     Whatever happens in between (an error, Ctrl-C), the net is either patched as the result says or as it
     was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
-    with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts).
+    with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts): "quick"
+    reads the beginning of each text, with a gate as far as it takes to decide; "full" all of them.
     A method that needs ``statistics`` of reference text has them gathered from text the model writes by
     itself, once for each model, unless they are given.
 
@@ -62,19 +76,27 @@ def repair(
             f"failures {first.id!r} and {second.id!r} want different targets for one prompt "
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
-    method = method or MinKl()
+    method, full = method or MinKl(), read_fully(drift)
     known = Known.of(net, method, statistics, progress)
     case = Case.of(net, failures)
-    guard = Guard.of(net, gate, reference, case.tokens) if gate is not None else None
+    guard = Guard.of(net, gate, reference, case.tokens, full) if gate is not None else None
     attempt = _kept(case, method, known, guard, progress, wordings)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
+    times = [time.perf_counter()]
     patch = attempt.patch(net)
-    (drift,) = measure_drift(net, [patch], reference, lambda done, total: progress("drift", done, total))
-    patch = recorded(patch, drift, reference)
+    times.append(time.perf_counter())
+    measured = attempt.measured
+    if guard is None or measured is None or not guard.untouched.covers(reference):
+        progress("drift", 0, 1)
+        measured = Untouched.of(net, [reference], full).measure(patch)
+    times.append(time.perf_counter())
+    patch = recorded(patch, measured.drift, reference)
     patch.apply(net)
-    return replace(attempt.result(patch), drift=drift)
+    made, read, applied = (later - earlier for earlier, later in pairwise([*times, time.perf_counter()]))
+    cost = replace(attempt.cost, drift_seconds=read, patch_seconds=made + applied)
+    return replace(attempt.result(patch), drift=measured.drift, cost=cost)
 
 
 def repair_each(
@@ -85,16 +107,19 @@ def repair_each(
     statistics: Statistics | None = None,
     gate: Gate | None = None,
     wordings: Wordings | None = None,
+    drift: str = "quick",
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
     Yields a Repair per failure, in order, without drift; its patch is the attempt's, whether or not it
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
-    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does.
+    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does, and ``drift`` says
+    how the gate measures KL, as for ``repair``.
     """
     method = method or MinKl()
+    full = read_fully(drift)
     known = Known.of(net, method, statistics, progress)
-    guard = Guard.of(net, gate, None, net.tokenize(failures)) if gate is not None else None
+    guard = Guard.of(net, gate, None, net.tokenize(failures), full) if gate is not None else None
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
         yield attempt.result(attempt.patch(net) if attempt.changes else None)
@@ -102,14 +127,15 @@ def repair_each(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A repair that was tried, checked and undone again: everything a patch needs."""
+    """A repair that was tried, checked and undone again: everything a patch needs, and what the gate measured of it."""
 
     method: Method
     outcomes: tuple[Outcome, ...]
-    changes: Mapping[int, Change]
+    changes: Mapping[int, Edit]
     cost: Cost
     gate: Gated | None = None
     wordings: Wordings | None = None
+    measured: Measured | None = None
 
     @property
     def repaired(self) -> bool:
@@ -122,7 +148,7 @@ class _Attempt:
         items = tuple(
             Item(
                 outcome.tokens,
-                outcome.failure.prompt or str([dict(message) for message in outcome.failure.messages]),
+                outcome.failure.shown,
                 outcome.failure.target,
                 outcome.repaired,
                 tuple((m.position, m.wanted, m.said, m.gap) for m in outcome.before),
@@ -135,7 +161,7 @@ class _Attempt:
         gate = self.gate.data() if self.gate is not None else {}
         settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
         made = Made(net.name, self.method.name, settings, {}, versions, gate, net.source.data())
-        changed = {layer: change.columns for layer, change in self.changes.items()}
+        changed = {layer: change.columns for layer, change in self.changes.items() if isinstance(change, Change)}
         return Patch(dict(self.changes), items, made, fingerprint(net, changed))
 
 
@@ -172,7 +198,8 @@ def _kept(
     lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
     spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
     cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
-    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings)
+    measured = best.judged.verdict.measured if best is not None and best.judged is not None else None
+    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings, measured)
 
 
 def _gated_outcomes(

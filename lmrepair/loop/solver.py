@@ -48,7 +48,7 @@ class Known:
         if asked is None:
             return Known(bases, None, 0.0)
         if statistics is None:
-            statistics = statistics_of(net, asked, progress=lambda done, total: progress("statistics", done, total))
+            statistics = statistics_of(net, asked, progress=progress)
         return Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
 
 

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from lmrepair.measure.drift import (
         Drift as Drift,
         Edit as Edit,
+        compare as compare,
         measure_drift as measure_drift,
         measure_drift_by_kind as measure_drift_by_kind,
+        refuse_namesakes as refuse_namesakes,
+        text_batches as text_batches,
+        worst_first as worst_first,
     )
     from lmrepair.measure.effects import (
         Effect as Effect,

@@ -1,4 +1,8 @@
-"""What patches change on text they were not made for: KL and agreement against the untouched model."""
+"""What patches change on text they were not made for: KL and agreement against the untouched model.
+
+The untouched model's states in front of the head are what is kept of it, never its probabilities: the head is
+run on both models' states, a block of positions at a time, in float32 with sums in float64.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import UsageError
-from lmrepair.failures import Reference
-from lmrepair.model import WINDOW, Net, settled, windows
+from lmrepair.failures import Reference, Tokens
+from lmrepair.model import TOKENS_AT_ONCE, WINDOW, Batch, Head, Net, settled, windows
 
-LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MB in float32
-NUMBERS_IN_CACHE = 1 << 17  # of float64: 1 MB
+NUMBERS_IN_CACHE = 1 << 17  # of float32: 0.5 MB
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Drift:
     tokens: int
     perplexity_before: float = math.nan
     perplexity_after: float = math.nan
+
+    @staticmethod
+    def of(table: Tensor) -> Drift:
+        """From [n, 4], position by position: KL, whether it agrees, cross-entropy before and after."""
+        kl, same, before, after = table.mean(dim=0).tolist()
+        return Drift(kl, same, len(table), perplexity(before), perplexity(after))
 
 
 class Edit(Protocol):
@@ -52,24 +61,14 @@ def measure_drift(
 
     The untouched model reads each batch once, whatever the number of patches.
     """
-    sums = torch.zeros(len(patches), 3, dtype=torch.float64)
-    count, entropy = 0, 0.0
+    tables: list[Tensor] = []
     with settled(net.model), torch.inference_mode():
-        batches = net.batches(windows(net, reference.texts), max(WINDOW, LOGITS_AT_ONCE // net.anatomy.vocabulary))
+        head, batches = text_batches(net, windows(net, reference.texts))
         for number, batch in enumerate(batches):
-            base = _Base.of(net.logits(batch), batch.wanted)
-            count += len(batch.wanted)
-            entropy += base.entropy
-            for index, patch in enumerate(patches):
-                with patch.on(net):
-                    after = net.logits(batch)
-                sums[index] += base.compare(after)
+            tables.append(compare(head, batch, head.seen(batch), patches))
             if progress is not None:
                 progress(number + 1, len(batches))
-    return [
-        Drift(kl / count, same / count, count, perplexity(entropy / count), perplexity(crossed / count))
-        for kl, same, crossed in sums.tolist()
-    ]
+    return [Drift.of(table) for table in torch.cat(tables, dim=1)]
 
 
 def measure_drift_by_kind(
@@ -82,15 +81,21 @@ def measure_drift_by_kind(
 
     Raises UsageError for two references of one name.
     """
-    names = [reference.name for reference in references]
-    if len(set(names)) < len(names):
-        raise UsageError(f"references {', '.join(names)}: two have one name; give each kind of text its own")
+    names = refuse_namesakes(references)
     measured = []
     for number, reference in enumerate(references):
         measured.append(measure_drift(net, patches, reference))
         if progress is not None:
             progress(number + 1, len(references))
     return [worst_first(dict(zip(names, drifts, strict=True))) for drifts in zip(*measured, strict=True)]
+
+
+def refuse_namesakes(references: Sequence[Reference]) -> list[str]:
+    """The references' names. Raises UsageError for two of one name."""
+    names = [reference.name for reference in references]
+    if len(set(names)) < len(names):
+        raise UsageError(f"references {', '.join(names)}: two have one name; give each kind of text its own")
+    return names
 
 
 def worst_first(kinds: Mapping[str, Drift]) -> dict[str, Drift]:
@@ -103,44 +108,70 @@ def perplexity(entropy: float) -> float:
     return math.exp(entropy) if entropy < 700 else math.inf
 
 
+def text_batches(net: Net, texts: Sequence[Tokens], head: Head | None = None) -> tuple[Head, list[Batch]]:
+    """The texts in batches of a size that can be kept, and the way from states to logits (found out, if not given)."""
+    head = head or Head.of(net, net.batches(texts[:1])[0])
+    at_once = max(WINDOW, head.positions) if head.whole else TOKENS_AT_ONCE
+    return head, net.batches(texts, at_once)
+
+
+def compare(head: Head, batch: Batch, seen: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """[edits, n, 4] (float64) for what the untouched model's head has ``seen`` at the n target positions of a batch.
+
+    KL, 1 where the most likely token stays one, and the cross-entropy of the wanted token, before and after.
+    """
+    after = []
+    for edit in edits:
+        with edit.on(head.net):
+            after.append(head.seen(batch))
+    found = torch.empty(len(edits), len(seen), 4, dtype=torch.float64)
+    for start in range(0, len(seen), head.positions):
+        rows = slice(start, start + head.positions)
+        base = _Base.of(head.logits(seen[rows]), batch.wanted[rows])
+        for index, states in enumerate(after):
+            found[index, rows] = base.compare(head.logits(states[rows])).cpu()
+    return found
+
+
 @dataclass(frozen=True)
 class _Base:
-    """What the untouched model predicts at N positions, [N, V] in float64, and how it is compared with.
+    """What the untouched model says at n positions: logits [n, V], their log-sum [n, 1], and how it is compared with.
 
-    Rows are taken a few at a time, as many as stay in a CPU's cache: the sums are the same, and several
-    times faster than over all rows at once.
+    Rows are taken a few at a time, as many as stay in a CPU's cache.
     """
 
-    probabilities: Tensor
-    certainty: Tensor
+    logits: Tensor
+    norms: Tensor
     likely: Tensor
     wanted: Tensor
-    entropy: float
 
     @staticmethod
     def of(logits: Tensor, wanted: Tensor) -> _Base:
-        chances = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
-        parts = []
-        for rows in _few_rows(logits):
-            logs = logits[rows].double().log_softmax(dim=1)
-            torch.exp(logs, out=chances[rows])
-            entropy = -logs.gather(1, wanted[rows, None]).squeeze(1)
-            parts.append((torch.linalg.vecdot(chances[rows], logs), logs.argmax(dim=1), entropy))
-        certainty, likely, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        return _Base(chances, certainty, likely, wanted, float(entropies.sum()))
+        exact = _exact(logits)
+        return _Base(exact, exact.logsumexp(dim=1, keepdim=True), exact.argmax(dim=1, keepdim=True), wanted[:, None])
 
     def compare(self, logits: Tensor) -> Tensor:
-        """Sums over the positions [3]: KL, positions that agree, cross-entropy of the wanted tokens."""
-        total = torch.zeros(3, dtype=torch.float64, device=logits.device)
+        """[n, 4]: KL, agreement, the wanted token's cross-entropy before and after.
+
+        Σ p (log p − log q) is summed as Σ q − p − p t with t = log q − log p, where q − p is p (eᵗ − 1) for small t:
+        all terms are positive, so that a small divergence is not lost among large terms that cancel.
+        """
+        parts = []
         for rows in _few_rows(logits):
-            after = logits[rows].double()
-            norm = after.logsumexp(dim=1)
-            # Σ p (log p − log q), with log q = logit − logsumexp and Σ p = 1
-            kl = self.certainty[rows] - torch.linalg.vecdot(self.probabilities[rows], after) + norm
-            same = after.gather(1, self.likely[rows, None]).squeeze(1) == after.amax(dim=1)
-            crossed = norm - after.gather(1, self.wanted[rows, None]).squeeze(1)
-            total += torch.stack([kl.clamp(min=0).sum(), same.double().sum(), crossed.sum()])
-        return total.cpu()
+            before, norm, after = self.logits[rows], self.norms[rows], _exact(logits[rows])
+            total = after.logsumexp(dim=1, keepdim=True)
+            p, q = (before - norm).exp_(), (after - total).exp_()
+            t = (after - before).sub_(total - norm)
+            far = q - p - torch.where(p > 0, p * t, 0.0)
+            kl = torch.where(t.abs() < 1, t.expm1().sub_(t).mul_(p), far).sum(dim=1, dtype=torch.float64)
+            same = after.gather(1, self.likely[rows]).squeeze(1) == after.amax(dim=1)
+            entropies = [(norm - before.gather(1, self.wanted[rows])), (total - after.gather(1, self.wanted[rows]))]
+            parts.append(torch.stack([kl, same.double(), *(part.squeeze(1).double() for part in entropies)], dim=1))
+        return torch.cat(parts)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _few_rows(logits: Tensor) -> Iterator[slice]:

@@ -91,7 +91,7 @@ def probes(failure: Failure, example: Failure | None = None) -> dict[str, list[F
     """
     asked = failure.asked
     found: dict[str, list[Failure]] = {kind: [] for kind in KINDS}
-    found["paraphrases"] = [failure.asking(text) for text in failure.paraphrases if text != asked]
+    found["paraphrases"] = failure.otherwise()
     if example is not None:
         found["context"] = [_after(example, failure)]
     lower = asked.lower()
@@ -106,8 +106,7 @@ def probes(failure: Failure, example: Failure | None = None) -> dict[str, list[F
 
 def _after(example: Failure, failure: Failure) -> Failure:
     if failure.messages and example.messages:
-        answered = ({"role": "assistant", "content": example.target},)
-        return replace(failure, messages=(*example.messages, *answered, *failure.messages))
+        return replace(failure, messages=(*example.answered(), *failure.messages))
     joint = "" if example.target.endswith("\n") else "\n"
     return failure.asking(f"{example.asked}{example.target}{joint}{failure.asked}")
 
@@ -123,7 +122,7 @@ def neighbours(failure: Failure, pool: Sequence[Failure], count: int = 5) -> lis
     Likeness is the Jaccard index of the prompts' sets of code tokens, case folded; earlier rows win ties.
     Rows that share no token, want the same target, or ask in one of the failure's own wordings are no neighbours.
     """
-    own = {failure.asked, *failure.paraphrases}
+    own = {failure.asked, *(other.asked for other in failure.otherwise())}
     words = _words(failure.asked)
     likeness = []
     for at, row in enumerate(pool):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from lmrepair.diagnosis import Diagnosis, diagnose
 from lmrepair.errors import PatchError
 from lmrepair.failures import Reference
@@ -47,10 +45,7 @@ def verify(net: Net, patch: Patch, reference: Reference) -> Verification:
             texts = net.generate([item.tokens for item in found])
     finally:
         patch.revert(net)
-    restored = all(
-        torch.equal(net.columns(layer)[change.columns.to(net.device)].cpu(), change.originals)
-        for layer, change in patch.changes.items()
-    )
+    restored = patch.is_original(net)
     (drift,) = measure_drift(net, [patch], reference)
     if was_applied:
         patch.apply(net)

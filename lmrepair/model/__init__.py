@@ -9,25 +9,39 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import weight as weight
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
-    from lmrepair.model.digests import Fingerprint as Fingerprint, fingerprint as fingerprint
+    from lmrepair.model.digests import Fingerprint as Fingerprint, digest as digest, fingerprint as fingerprint
     from lmrepair.model.edit import (
+        EXPONENT as EXPONENT,
+        SPREAD as SPREAD,
         Change as Change,
+        Delta as Delta,
+        Edit as Edit,
+        LowRank as LowRank,
+        Product as Product,
         Projections as Projections,
         Trial as Trial,
+        patched as patched,
         put as put,
         same_bits as same_bits,
         take as take,
         uninterrupted as uninterrupted,
     )
+    from lmrepair.model.head import Head as Head
     from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly
     from lmrepair.model.moments import (
         Asked as Asked,
         Inverse as Inverse,
         Metric as Metric,
         Moment as Moment,
+        OnDemand as OnDemand,
         Statistics as Statistics,
     )
-    from lmrepair.model.net import DTYPES as DTYPES, TOKENS_AT_ONCE as TOKENS_AT_ONCE, Net as Net, settled as settled
+    from lmrepair.model.net import (
+        DTYPES as DTYPES,
+        TOKENS_AT_ONCE as TOKENS_AT_ONCE,
+        Net as Net,
+        settled as settled,
+    )
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
     from lmrepair.model.source import Source as Source
     from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows

@@ -20,8 +20,9 @@ CHUNK = 1 << 26  # bytes hashed, and copied from a device, at once
 class Fingerprint:
     """SHA-256 digests: ``body`` of all weights beside the FFN output projections, ``layers`` of each of those.
 
-    A layer's digest leaves out the neurons that the patch changes; their original values, which the
-    patch holds, stand for them. So it is the same before and after the patch.
+    A layer's digest leaves out the neurons that the patch changes, if it holds their original values: these
+    stand for them, and the digest is the same before and after the patch. Of a layer that is changed as a whole
+    by factors, it is that of the original.
     """
 
     body: str

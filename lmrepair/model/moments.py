@@ -1,13 +1,14 @@
 """Second moments of what flows through a layer on reference text, and their damped inverses.
 
 A moment M = E[x xᵀ] is kept full [w, w], as n sampled rows [n, w], or as its diagonal [w]. Its inverse is
-applied, and formed only where it is full: n sampled rows need one n×n system (Woodbury's identity).
+applied and never formed: a full one is factored, n sampled rows need one n×n system (Woodbury's identity).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,36 @@ from torch import Tensor
 from lmrepair.errors import UsageError
 
 KINDS = ("full", "sampled", "diagonal")
+TRIES = 8  # at a Cholesky factor, each with ten times the damping of the one before
+
+Made = TypeVar("Made")
+
+
+class OnDemand(Mapping[int, Made]):
+    """Layer → what is made of it when it is asked for; made once with ``keep``, anew each time without."""
+
+    def __init__(self, layers: Iterable[int], make: Callable[[int], Made], keep: bool = True) -> None:
+        self._layers, self._make, self._keep = tuple(layers), make, keep
+        self._made: dict[int, Made] = {}
+
+    def __getitem__(self, layer: int) -> Made:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        if not self._keep:
+            return self._make(layer)
+        if layer not in self._made:
+            self._made[layer] = self._make(layer)
+        return self._made[layer]
+
+    def known(self, layer: int) -> Made | None:
+        """What was made of a layer already."""
+        return self._made.get(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 @dataclass(frozen=True)
@@ -62,8 +93,7 @@ class Moment:
         if self.kind == "diagonal":
             return Inverse("diagonal", (1.0 / (values + added)).float())
         if self.kind == "full":
-            values = values + added * torch.eye(len(values), dtype=torch.float64, device=values.device)
-            return Inverse("full", torch.cholesky_inverse(torch.linalg.cholesky(values)).float())
+            return Inverse("full", _factor(values, added).float())
         # (a I + XᵀX/n)⁻¹ = (I − Xᵀ (n a I + X Xᵀ)⁻¹ X) / a = (I − BᵀB) / a with B = L⁻¹ X
         inner = values @ values.T + len(values) * added * torch.eye(
             len(values), dtype=torch.float64, device=values.device
@@ -75,6 +105,17 @@ class Moment:
     def identity(width: int, scale: float = 1.0) -> Moment:
         """The moment that prefers no direction: scale·I."""
         return Moment("diagonal", torch.full((width,), scale))
+
+
+def _factor(values: Tensor, added: float) -> Tensor:
+    """L [w, w] with L Lᵀ = M + added·I, by more than ``added`` where rounding keeps M from being positive."""
+    for attempt in range(TRIES):
+        damped = values.clone()
+        damped.diagonal().add_(added * 10**attempt)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            break
+    return factor
 
 
 def _added(moment: Moment, damping: float) -> float:
@@ -99,7 +140,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Inverse:
-    """The inverse of a damped moment; ``apply`` multiplies rows by it."""
+    """The inverse of a damped moment; ``apply`` multiplies rows by it. ``values``: of a full one, its factor L."""
 
     kind: str
     values: Tensor
@@ -109,7 +150,8 @@ class Inverse:
         """x M⁻¹, for x [..., w]."""
         values = self.values.to(x.device)
         if self.kind == "full":
-            return x @ values
+            half = torch.linalg.solve_triangular(values, x.reshape(-1, x.shape[-1]).T, upper=False)
+            return torch.linalg.solve_triangular(values.T, half, upper=True).T.reshape(x.shape)
         return self.scale * (x - (x @ values.T) @ values) if self.kind == "sampled" else x * values
 
     def double(self) -> Inverse:
@@ -142,24 +184,30 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Metric:
-    """The cost of a change in a form that can be solved with: C⁻¹ and F⁻¹ of every layer, damped."""
+    """The cost of a change in a form that can be solved with: C⁻¹ and F⁻¹ of every layer, damped.
+
+    A layer's are made when they are first asked for.
+    """
 
     statistics: Statistics
     damping: float
-    inputs: Mapping[int, Inverse]
-    outputs: Mapping[int, Inverse]
+    inputs: OnDemand[Inverse]
+    outputs: OnDemand[Inverse]
 
     @staticmethod
     def of(statistics: Statistics, damping: float) -> Metric:
         return Metric(
             statistics,
             damping,
-            {layer: moment.inverse(damping) for layer, moment in statistics.inputs.items()},
-            {layer: moment.inverse(damping) for layer, moment in statistics.outputs.items()},
+            OnDemand(statistics.inputs, lambda layer: statistics.inputs[layer].inverse(damping)),
+            OnDemand(statistics.outputs, lambda layer: statistics.outputs[layer].inverse(damping)),
         )
 
     def restricted(self, layer: int, columns: Tensor) -> Inverse:
         """C⁻¹ where only some neurons [k] of a layer may change: the inverse of that part of C."""
+        known = self.inputs.known(layer)
+        if known is not None and known.values.shape[-1] == len(columns):
+            return known
         moment = self.statistics.inputs[layer]
         part = moment.at(columns)
         return self.inputs[layer] if part is moment else part.inverse(self.damping)

@@ -7,6 +7,7 @@ projection is stored as ``Linear`` [d, m] or ``Conv1D`` [m, d] is known in this 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ class Net:
     """A causal language model ready to be read and repaired.
 
     Holds no state of its own beside what it was made from; ``name`` is how results refer to it, ``source``
-    where it came from.
+    where it came from, ``placing_seconds`` how long its parts were looked for.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "", source: Source | None = None) -> None:
@@ -40,8 +41,10 @@ class Net:
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
         self.source = source or Source()
+        began = time.perf_counter()
         with settled(model):
             self.anatomy: Anatomy = find(model)
+        self.placing_seconds = time.perf_counter() - began
 
     @property
     def layers(self) -> int:
@@ -130,17 +133,20 @@ class Net:
         logits, _ = self.logits_and_states(batch, rows)
         return logits
 
-    def logits_and_states(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logits_and_states(
+        self, batch: Batch, rows: Tensor | None = None, shown: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and what the head made them from, [1, n, d]; with gradients, part of their graph.
 
-        Raises NotFiniteError where a position has no largest logit.
+        ``shown``: the head is run on so many of the positions only (default: all). Raises NotFiniteError where
+        a position has no largest logit.
         """
         chosen = batch.rows if rows is None else rows
         states: list[Tensor] = []
 
         def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(given[0].reshape(-1, given[0].shape[-1])[chosen][None])
-            return (states[0], *given[1:])
+            return (states[0][:, :shown], *given[1:])
 
         handle = self.anatomy.head.register_forward_pre_hook(choose)
         try:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from lmrepair.errors import PatchError
 from lmrepair.failures import Tokens
-from lmrepair.model import DTYPES, Change, Fingerprint
+from lmrepair.model import DTYPES, EXPONENT, SPREAD, Change, Edit, Fingerprint, LowRank, Product
 
-FORMAT = 1
+FORMATS = 1, 2  # deltas with their originals; and, since 2, factors
 KEY = "lmrepair"
 HEADER_LIMIT = 64 * 1024 * 1024
+_COLUMNS, _FACTORS = ("columns", "deltas", "originals"), ("left", "right", "exponents", "residue")
 _DIGEST = re.compile(rb'\\"digest\\":\\"([0-9a-f]{64})\\"')
 
 
@@ -60,9 +61,9 @@ class Made:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything a patch file holds: layer → ``Change``, failures, how it was made, for which model."""
+    """Everything a patch file holds: layer → ``Change`` or ``LowRank``, failures, how it was made, for which model."""
 
-    changes: Mapping[int, Change]
+    changes: Mapping[int, Edit]
     items: tuple[Item, ...]
     made: Made
     fingerprint: Fingerprint
@@ -71,13 +72,14 @@ class Contents:
         """The bytes of the file, with their digest; the same contents give the same bytes."""
         tensors = {}
         for layer, change in sorted(self.changes.items()):
-            tensors[f"layers.{layer}.columns"] = change.columns.cpu().contiguous()
-            tensors[f"layers.{layer}.deltas"] = change.deltas.cpu().contiguous()
-            tensors[f"layers.{layer}.originals"] = change.originals.cpu().contiguous()
+            for name, tensor in _tensors(change).items():
+                tensors[f"layers.{layer}.{name}"] = tensor.cpu().contiguous()
+        factors = [change for change in self.changes.values() if isinstance(change, LowRank)]
         record = {
             "digest": "0" * 64,
-            "format": FORMAT,
+            "format": FORMATS[bool(factors)],
             "model": {
+                **({"dtype": str(factors[0].dtype).removeprefix("torch.")} if factors else {}),
                 "name": self.made.model,
                 "body": self.fingerprint.body,
                 "layers": list(self.fingerprint.layers),
@@ -150,22 +152,21 @@ def _item_out(item: Item) -> dict[str, Any]:
 
 def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
     """The contents in a record and its tensors; ValueError, KeyError or TypeError for what does not fit."""
-    if record["format"] != FORMAT:
-        raise ValueError(f"format {record['format']!r}, this version reads {FORMAT}")
+    if record["format"] not in FORMATS or isinstance(record["format"], bool):
+        raise ValueError(f"format {record['format']!r}, this version reads {' and '.join(map(str, FORMATS))}")
     model, method = record["model"], record["method"]
     layers = tuple(_text(digest) for digest in model["layers"])
-    changes: dict[int, Change] = {}
+    parts: dict[int, dict[str, Tensor]] = {}
     for name in sorted(tensors):
-        match = re.fullmatch(r"layers\.(0|[1-9]\d{0,5})\.(columns|deltas|originals)", name)
+        match = re.fullmatch(r"layers\.(0|[1-9]\d{0,5})\.([a-z]+)", name)
         if match is None or int(match.group(1)) >= len(layers):
             raise ValueError(f"unexpected tensor {name!r}")
-        layer = int(match.group(1))
-        if layer not in changes:
-            parts = (tensors[f"layers.{layer}.{part}"] for part in ("columns", "deltas", "originals"))
-            changes[layer] = _checked(Change(*parts), layer)
+        parts.setdefault(int(match.group(1)), {})[match.group(2)] = tensors[name]
+    dtype = DTYPES[_text(model["dtype"])] if record["format"] > 1 else None
+    changes = {layer: _edit(found, dtype, layer) for layer, found in sorted(parts.items())}
     if not changes:
         raise ValueError("it changes nothing")
-    if len({(change.originals.dtype, change.originals.shape[1]) for change in changes.values()}) > 1:
+    if len({(change.dtype, change.width) for change in changes.values()}) > 1:
         raise ValueError("layers of different dtype or width")
     items = tuple(_item_in(item) for item in record["failures"])
     if not items:
@@ -179,7 +180,37 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record.get("gate", {})),
         dict(record.get("source", {})),
     )
-    return Contents(dict(sorted(changes.items())), items, made, Fingerprint(_text(model["body"]), layers))
+    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers))
+
+
+def _tensors(change: Edit) -> dict[str, Tensor]:
+    """What is kept of a change, by name."""
+    if isinstance(change, LowRank):
+        product = change.product
+        return dict(zip(_FACTORS, (product.left, product.right, product.exponents, change.residue), strict=True))
+    return dict(zip(_COLUMNS, (change.columns, change.deltas, change.originals), strict=True))
+
+
+def _edit(parts: Mapping[str, Tensor], dtype: torch.dtype | None, layer: int) -> Edit:
+    """A layer's change from its tensors, checked; factors are a matter of files that say a ``dtype``."""
+    if set(parts) == set(_COLUMNS):
+        return _checked(Change(*(parts[name] for name in _COLUMNS)), layer)
+    if dtype is None or set(parts) != set(_FACTORS):
+        raise ValueError(f"layer {layer}: unexpected tensors {', '.join(sorted(parts))}")
+    left, right, exponents, residue = (parts[name] for name in _FACTORS)
+    if any(part.dtype != torch.int16 for part in (left, right, exponents)) or residue.dtype != torch.uint8:
+        raise ValueError(f"layer {layer}: factors of another type")
+    if left.dim() != 2 or right.dim() != 2 or exponents.dim() != 1 or residue.dim() != 1:
+        raise ValueError(f"layer {layer}: factors of another shape")
+    if not 0 < len(left) == len(right) == len(exponents) or not left.shape[1] or not right.shape[1]:
+        raise ValueError(f"layer {layer}: factors that do not fit each other")
+    if int(exponents.max()) - int(exponents.min()) > SPREAD or int(exponents.long().abs().max()) > EXPONENT:
+        raise ValueError(f"layer {layer}: exponents out of range")
+    change = LowRank(Product(left, right, exponents), dtype, residue)
+    places, _ = change.missed()
+    if len(places) and int(places[-1]) >= left.shape[1] * right.shape[1]:
+        raise ValueError(f"layer {layer}: a residue beyond the layer")
+    return change
 
 
 def _checked(change: Change, layer: int) -> Change:

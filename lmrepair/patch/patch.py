@@ -1,23 +1,38 @@
-"""Patches: changed neurons with their deltas and original values; verified, applied, taken back."""
+"""Patches: what is done to each layer and what it takes to go back; verified, applied, taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lmrepair.errors import PatchError, WrongModelError
 from lmrepair.failures import write_atomically
-from lmrepair.model import Change, Net, Sites, Trial, fingerprint, put, same_bits, settled, take, uninterrupted
+from lmrepair.model import (
+    Change,
+    LowRank,
+    Net,
+    Sites,
+    Trial,
+    digest,
+    fingerprint,
+    patched,
+    put,
+    same_bits,
+    settled,
+    take,
+    uninterrupted,
+)
 from lmrepair.patch.format import Contents, read_contents
 
 
 @dataclass(frozen=True)
 class Patch(Contents):
-    """A repair as a value: layer → ``Change``, the failures it is for, and the model it was made for."""
+    """A repair as a value: layer → ``Change`` or ``LowRank``, the failures it is for, and the model it was made for."""
 
     @property
     def layers(self) -> int:
@@ -34,7 +49,7 @@ class Patch(Contents):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.changes.values())).originals.dtype
+        return next(iter(self.changes.values())).dtype
 
     def apply(self, net: Net) -> None:
         """Write the patch into the net's weights, for good.
@@ -42,11 +57,11 @@ class Patch(Contents):
         Raises WrongModelError, before any weight is touched, unless the net is bit for bit the one the
         patch was made for; PatchError, with the weights as they were, if nothing moved.
         """
-        self._fit(net, patched=False)
+        self._fit(net, applied=False)
         probe = net.batches([item.tokens for item in self.items[:1]])
         with Trial(net, self.sites()) as trial, settled(net.model), torch.inference_mode():
             before = [net.logits(batch) for batch in probe]
-            trial.write({layer: change.deltas for layer, change in self.changes.items()})
+            trial.write({layer: change.delta for layer, change in self.changes.items()})
             after = [net.logits(batch) for batch in probe]
             if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
                 raise PatchError("the patch was written but the model's logits did not move; the weights are as before")
@@ -58,27 +73,30 @@ class Patch(Contents):
         Raises WrongModelError, before any weight is touched, unless the net is bit for bit the one the
         patch was made for with this patch applied last.
         """
-        self._fit(net, patched=True)
+        originals = self._fit(net, applied=True)
         with uninterrupted():
             for layer, change in self.changes.items():
-                put(net, layer, change.columns, change.originals)
+                put(net, layer, change.columns, originals[layer])
 
     def is_applied(self, net: Net) -> bool:
         """Whether the net holds this patch (True) or is the one it was made for (False).
 
         Raises WrongModelError for a net that is neither.
         """
-        patched = all(same_bits(take(net, layer, change.columns), change.patched()) for layer, change in self._in(net))
-        self._fit(net, patched)
-        return patched
+        applied = all(self._patched(net, layer) is not None for layer in self.changes)
+        self._fit(net, applied)
+        return applied
 
-    def _in(self, net: Net) -> list[tuple[int, Change]]:
-        """The changes that a net has room for; ``_fit`` says what is wrong with it where that is not all."""
-        return [
-            (layer, change)
-            for layer, change in self.changes.items()
-            if layer < net.layers and int(change.columns[-1]) < net.widths[layer]
-        ]
+    def is_original(self, net: Net) -> bool:
+        """Whether the neurons that the patch changes hold, bit for bit, what they held before it."""
+        return all(layer < net.layers and self._original(net, layer) for layer in self.changes)
+
+    def factors(self, widths: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer → A [r, m] and B [d, r], float32, whose product B A is the change of its projection [d, m], exactly.
+
+        ``widths``: m of every layer of the model (``Net.widths``). Where single neurons change, A picks them.
+        """
+        return {layer: change.factors(widths[layer]) for layer, change in self.changes.items()}
 
     @contextmanager
     def on(self, net: Net) -> Iterator[None]:
@@ -86,55 +104,76 @@ class Patch(Contents):
 
         The same checks as ``apply``, without the fingerprint: originals must match bit for bit.
         """
-        for layer, change in self.changes.items():
-            if layer >= net.layers or not same_bits(take(net, layer, change.columns), change.originals):
+        for layer in self.changes:
+            if layer >= net.layers or not self._original(net, layer):
                 raise WrongModelError(
                     f"layer {layer} does not hold the patch's original values; it is for another state"
                 )
         with Trial(net, self.sites()) as trial:
-            trial.write({layer: change.deltas for layer, change in self.changes.items()})
+            trial.write({layer: change.delta for layer, change in self.changes.items()})
             yield
 
     def sites(self) -> Sites:
         return Sites({layer: change.columns for layer, change in self.changes.items()})
 
-    def _fit(self, net: Net, patched: bool) -> None:
-        """Check that the net is the one the patch was made for, in the state asked for."""
+    def _original(self, net: Net, layer: int) -> bool:
+        """Whether a layer's neurons are as they were before the patch."""
+        change = self.changes[layer]
+        if isinstance(change, LowRank):
+            return digest(net.columns(layer)) == self.fingerprint.layers[layer]
+        return _fits(net, layer, change) and same_bits(take(net, layer, change.columns), change.originals)
+
+    def _patched(self, net: Net, layer: int) -> Tensor | None:
+        """What a layer's neurons were before the patch, where they are as it leaves them; else None."""
+        change = self.changes[layer]
+        if not _fits(net, layer, change):
+            return None
+        now = take(net, layer, change.columns)
+        if isinstance(change, Change):
+            return change.originals if same_bits(now, change.patched()) else None
+        before = change.original(now)
+        fits = digest(before) == self.fingerprint.layers[layer] and same_bits(patched(before, change.delta), now)
+        return before if fits else None
+
+    def _fit(self, net: Net, applied: bool) -> Mapping[int, Tensor]:
+        """Check that the net is the one the patch was made for, in the state asked for.
+
+        Returns, of one that is patched, what the changed neurons were before.
+        """
         made = self.made.model
         if net.dtype != self.dtype:
             raise WrongModelError(
                 f"the patch was made for {made!r} in {_name(self.dtype)}, the model is in {_name(net.dtype)}; "
                 f"load it with dtype {_name(self.dtype)}"
             )
-        shapes = {layer: change.originals.shape[1] for layer, change in self.changes.items()}
-        if net.layers != len(self.fingerprint.layers) or any(width != net.hidden for width in shapes.values()):
+        shapes = {change.width for change in self.changes.values()}
+        if net.layers != len(self.fingerprint.layers) or shapes != {net.hidden}:
             raise WrongModelError(
                 f"the patch was made for {made!r} with {len(self.fingerprint.layers)} layers of width "
-                f"{next(iter(shapes.values()))}; this model has {net.layers} of width {net.hidden}"
+                f"{max(shapes)}; this model has {net.layers} of width {net.hidden}"
             )
-        if any(int(change.columns[-1]) >= net.widths[layer] for layer, change in self.changes.items()):
+        if not all(_fits(net, layer, change) for layer, change in self.changes.items()):
             raise WrongModelError(f"the patch was made for {made!r} with wider layers than this model has")
-        found = fingerprint(net, self.sites().columns)
+        whole = {layer for layer, change in self.changes.items() if isinstance(change, LowRank)}
+        columns = {layer: change.columns for layer, change in self.changes.items() if layer not in whole}
+        found = fingerprint(net, columns)
         if found.body != self.fingerprint.body:
             raise WrongModelError(f"the patch was made for {made!r}; the weights of this model are others")
-        other = [at for at, (a, b) in enumerate(zip(found.layers, self.fingerprint.layers, strict=True)) if a != b]
-        if other:
-            raise WrongModelError(
-                f"layers {other} are not as they were when the patch was made for {made!r}; "
-                "was another patch applied since? Take patches back in reverse order"
-            )
-        self._fit_columns(net, patched)
-
-    def _fit_columns(self, net: Net, patched: bool) -> None:
-        now = {layer: take(net, layer, change.columns) for layer, change in self.changes.items()}
-        is_original = all(same_bits(now[layer], change.originals) for layer, change in self.changes.items())
-        is_patched = all(same_bits(now[layer], change.patched()) for layer, change in self.changes.items())
-        if not (is_patched if patched else is_original):
-            if is_patched or is_original:
-                raise WrongModelError("the patch is already applied" if is_patched else "the patch is not applied")
-            raise WrongModelError(
-                "the neurons the patch changes hold other values than it expects; is it another model?"
-            )
+        other = {at for at, (a, b) in enumerate(zip(found.layers, self.fingerprint.layers, strict=True)) if a != b}
+        _refuse_changed(sorted(other - whole), made)
+        originals = {layer for layer in self.changes if layer not in other and self._original(net, layer)}
+        if not applied and len(originals) == len(self.changes):
+            return {}
+        before = {layer: self._patched(net, layer) for layer in self.changes}
+        known = {layer: values for layer, values in before.items() if values is not None}
+        if len(known) == len(self.changes):
+            if applied:
+                return known
+            raise WrongModelError("the patch is already applied")
+        if len(originals) == len(self.changes):
+            raise WrongModelError("the patch is not applied")
+        _refuse_changed(sorted(other - known.keys()), made)
+        raise WrongModelError("the neurons the patch changes hold other values than it expects; is it another model?")
 
     def save(self, path: str | Path) -> None:
         """Write the patch as one safetensors file: to a temporary file, flushed, then renamed."""
@@ -158,6 +197,22 @@ class PatchSize:
     @staticmethod
     def of(patch: Patch) -> PatchSize:
         return PatchSize(patch.layers, patch.neurons, patch.size)
+
+
+def _fits(net: Net, layer: int, change: Change | LowRank) -> bool:
+    """Whether the layer has room for the change; a product is one of all its neurons."""
+    if layer >= net.layers or change.width != net.hidden or change.dtype != net.dtype:
+        return False
+    width = net.widths[layer]
+    return change.product.left.shape[1] == width if isinstance(change, LowRank) else int(change.columns[-1]) < width
+
+
+def _refuse_changed(layers: Sequence[int], made: str) -> None:
+    if layers:
+        raise WrongModelError(
+            f"layers {list(layers)} are not as they were when the patch was made for {made!r}; "
+            "was another patch applied since? Take patches back in reverse order"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -135,14 +135,14 @@ def test_the_text_output_escapes_what_drives_terminals(run: Run, tmp_path: Path)
 BAD = {
     "missing file": (None, ["nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "broken JSON": (b'{"prompt": "a", "target": "b"}\n{"prompt": \n', [], "line 2: broken JSON"),
-    "missing key": (b'{"prompt": "a", "tagret": "b"}\n', [], "line 1: no target (is it 'tagret'?)"),
+    "missing key": (b'{"prompt": "a", "tagret": "b"}\n', [], "line 1: unknown key 'tagret' (did you mean 'target'?)"),
     "empty target": (b'{"prompt": "a", "target": ""}\n', [], "line 1: the target is empty"),
     "not UTF-8": (b'{"prompt": "a", "target": "\xff"}\n', [], "line 1: not UTF-8"),
     "empty file": (b"", [], "no failures in it"),
     "duplicate ids": (
         b'{"id": 1, "prompt": "a", "target": "b"}\n{"id": "1", "prompt": "c", "target": "d"}\n',
         [],
-        "line 2: id '1' is already used on line 1",
+        "line 2: id '1' is already used in ",
     ),
     "contradiction": (
         b'{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "c"}\n',

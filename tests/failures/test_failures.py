@@ -87,18 +87,21 @@ def test_rows_become_failures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["[1]"], "line 1: found a list"),
+        (["[1]"], "item 1: found a number"),
+        (["1"], "line 1: found a number"),
         (['{"prompt": "a", "target": "b"}', "{"], "line 2: broken JSON"),
-        (["[" * 100_000], "line 1: broken JSON"),
+        (["[" * 100_000], "broken JSON (nested too deeply)"),
+        (['{"a": ' * 100_000], "line 1: broken JSON (nested too deeply)"),
         (['{"target": "b"}'], "line 1: no prompt; expected one of prompt and messages"),
-        (['{"promt": "a", "target": "b"}'], "(is it 'promt'?)"),
+        (['{"promt": "a", "target": "b"}'], "line 1: unknown key 'promt' (did you mean 'prompt'?)"),
         (['{"prompt": "a", "messages": [], "target": "b"}'], "both prompt and messages"),
         (['{"prompt": "a", "target": null}'], "line 1: target is null"),
         (['{"prompt": 3, "target": "b"}'], "line 1: prompt is a number"),
         (['{"prompt": "a", "target": "\\ud800"}'], "half of a surrogate pair"),
         (['{"prompt": "a", "target": "b", "id": true}'], "id is true or false"),
         (['{"prompt": "a", "target": "b", "paraphrases": "c"}'], "paraphrases is text"),
-        (['{"messages": [{"role": "user"}], "target": "b"}'], "messages is not a list"),
+        (['{"messages": [{"role": "user"}], "target": "b"}'], "message 1 has no content"),
+        (['{"messages": "hi", "target": "b"}'], "messages is not a list"),
         (["", "  "], "no failures in it"),
     ],
 )
@@ -110,7 +113,7 @@ def test_bad_rows_are_refused_with_their_line(lines: list[str], said: str, tmp_p
 
 def test_templates_wrap_and_unescape() -> None:
     made = Template.parse(r"# {prompt}\n\t{target}\n\\n")
-    wrapped = made.wrap(Failure("{target} {x}", "{prompt}", "1", ("other",)))
+    wrapped = Failure("{target} {x}", "{prompt}", "1", ("other",)).wrapped(made)
     assert wrapped.prompt == "# {target} {x}\n\t"
     assert wrapped.target == "{prompt}\n\\n"
     assert wrapped.paraphrases == ("# other\n\t",)
@@ -118,7 +121,7 @@ def test_templates_wrap_and_unescape() -> None:
         with pytest.raises(UsageError, match="template"):
             Template.parse(bad)
     with pytest.raises(FailuresError, match="chat template"):
-        made.wrap(Failure("", "t", "1", (), ({"role": "user", "content": "hi"},)))
+        Failure("", "t", "1", (), ({"role": "user", "content": "hi"},)).wrapped(made)
 
 
 def test_contradictions_are_found() -> None:

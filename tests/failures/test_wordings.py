@@ -26,17 +26,17 @@ def texts(net: object, found: list[object]) -> list[str]:
 
 def test_paraphrases_that_are_other_prompts_take_part() -> None:
     net = oracle_models.net()
-    found = Wordings(paraphrases=True).of(net, [FAILURE])
+    found = Wordings(paraphrases=True).of([FAILURE], net.tokenize)
     wanted = net.tokenize([FAILURE.asking("speak up"), FAILURE.asking("go on")])
     assert [item.ids for item in found] == [item.ids for item in wanted]
     assert [item.id for item in found] == ["one.0", "one.1"]
-    assert Wordings().of(net, [FAILURE]) == []
+    assert Wordings().of([FAILURE], net.tokenize) == []
 
 
 def test_texts_of_the_model_go_before_each_prompt() -> None:
     net = oracle_models.net()
     wordings = drawn_wordings(net, False, 2)
-    assert wordings == drawn_wordings(net, False, 2) != Wordings.drawn(net, False, 2, seed=1)
+    assert wordings == drawn_wordings(net, False, 2) != drawn_wordings(net, False, 2, seed=1)
     assert len(set(wordings.before)) == 2
     found = wordings.of([FAILURE, replace(FAILURE, id="two", prompt="ask")], net.tokenize)
     assert len(found) == 4
@@ -55,14 +55,14 @@ def test_a_chat_is_worded_in_its_last_message_and_gets_no_text_before_it() -> No
     assert chat.asking("other").messages == ({"role": "user", "content": "other"},)
     net = oracle_models.net()
     net.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    found = Wordings(True, ("lead\n",)).of(net, [chat])
+    found = Wordings(True, ("lead\n",)).of([chat], net.tokenize)
     assert [item.prompt for item in found] == [net.tokenize([chat.asking("other")])[0].prompt]
 
 
 def test_what_the_model_has_no_room_for_is_left_out() -> None:
     net = oracle_models.net()
     long = "say " * 400
-    assert Wordings(True, (long + "\n",)).of(net, [replace(FAILURE, paraphrases=(long, "go on"))]) == [
+    assert Wordings(True, (long + "\n",)).of([replace(FAILURE, paraphrases=(long, "go on"))], net.tokenize) == [
         replace(net.tokenize([FAILURE.asking("go on")])[0], id="one.1")
     ]
 

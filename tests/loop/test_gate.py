@@ -117,7 +117,7 @@ def sound(result: Repair, net: Net, untouched: State) -> None:
 def test_a_patch_that_does_nothing_it_must_not_passes_as_it_was_solved(kind: str) -> None:
     net, free = oracle_models.net(kind), oracle_models.net(kind)
     untouched = State.of(net)
-    result = repair(net, FAILURES[:3], STAR, ONE, gate=Gate(1e6, (ONE, TWO)))
+    result = repair(net, FAILURES[:3], STAR, ONE, gate=Gate(1e6, (ONE, TWO)), drift="full")
     plain = repair(free, FAILURES[:3], STAR, ONE)
     assert result.gate is not None
     assert plain.gate is None

@@ -163,9 +163,7 @@ def breaking(at: str, error: type[BaseException]) -> Callable[..., object]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize(
-    "at", ["solve", "progress", "measure_drift", "fingerprint", "forward_seconds", "apply", "moved"]
-)
+@pytest.mark.parametrize("at", ["solve", "progress", "recorded", "fingerprint", "forward_seconds", "apply", "moved"])
 def test_whatever_breaks_the_net_is_as_it_was(
     at: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from oracle_models import FAILURES, State
 
 from lmrepair import Drift, Reference, Star, UsageError, answers, evaluate, measure_drift, repair_each
 from lmrepair.cli.options import read_references
-from lmrepair.cli.render_measures import measures_data, measures_text
+from lmrepair.cli.output.render_measures import measures_data, measures_text
 from lmrepair.failures.rows import Failure
 from lmrepair.measure.effects import side_effects
 from lmrepair.measure.grid import build_grid, grid_effects, read_grid

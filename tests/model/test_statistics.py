@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 from lmrepair import ModelError, Net, Reference
 from lmrepair.errors import UsageError
 from lmrepair.failures.tokens import Tokens
-from lmrepair.model import statistics as module
-from lmrepair.model.moments import Asked, Statistics
-from lmrepair.model.statistics import cache_folder, gather, statistics_of, windows
+from lmrepair.model.moments import Asked, Moment, Statistics
+from lmrepair.model.statistics import cache as module, cache_folder, gather, statistics_of, sums, windows
+from lmrepair.model.statistics.packing import pack, unpack
 
 FULL = Asked("full", "full", 64, 0.01)
 WORDS = 5  # the vocabulary that is small enough to enumerate
@@ -74,7 +74,7 @@ def test_c_is_the_mean_outer_product_over_what_a_token_follows(kind: str) -> Non
     tokens = [text(ids, min(at + 1, len(ids) - 1)) for at, ids in enumerate(texts)]
     for at_once in (10_000, 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "TOKENS_AT_ONCE", at_once)
+            patch.setattr(sums, "READ_AT_ONCE", at_once)
             found = gather(net, tokens, FULL, "test")
         assert found.tokens == sum(len(ids) - 1 for ids in texts)
         for layer in range(LAYERS):
@@ -191,7 +191,7 @@ def test_none_keeps_the_scale_and_prefers_no_direction() -> None:
 
 def test_auto_is_full_up_to_a_width_and_sampled_above(monkeypatch: pytest.MonkeyPatch) -> None:
     net = oracle_models.net()
-    monkeypatch.setattr(module, "FULL_WIDTH", HIDDEN)
+    monkeypatch.setattr(sums, "FULL_WIDTH", HIDDEN)
     found = gather(net, [text(range(20))], Asked("auto", "auto", 7, 0.01), "test")
     assert {moment.kind for moment in found.inputs.values()} == {"sampled"}
     assert {moment.kind for moment in found.outputs.values()} == {"full"}
@@ -222,7 +222,7 @@ def exact(net: Net, ids: Sequence[int]) -> Statistics:
         for table in oracle_minkl.slopes(net.model, ids)
     ]
     kept = [
-        {layer: module.Moment("full", part.float()) for layer, part in enumerate(parts)}
+        {layer: Moment("full", part.float()) for layer, part in enumerate(parts)}
         for parts in (oracle_minkl.inputs(net.model, [ids]), outputs)
     ]
     return Statistics(kept[0], kept[1], "exact", len(chances))
@@ -342,18 +342,24 @@ REFERENCE = Reference("mine", ("for i in range(10):\n    print(i)\n", "x = 1\n")
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every time that statistics are really gathered."""
     calls: list[str] = []
-    real = module.gather
-    monkeypatch.setattr(module, "gather", lambda *given: calls.append(given[3]) or real(*given))
+    real = module._gathered
+    monkeypatch.setattr(module, "_gathered", lambda *given: calls.append("gathered") or real(*given))
     monkeypatch.setattr(module, "TEXTS", 3)
     monkeypatch.setattr(module, "LENGTH", 16)
     return calls
 
 
-def same(one: Statistics, other: Statistics) -> bool:
+def packed(moment: Moment) -> Moment:
+    """As it comes back from the disk."""
+    return unpack(pack(moment))
+
+
+def same(one: Statistics, other: Statistics, kept: Callable[[Moment], Moment] = lambda moment: moment) -> bool:
+    """Bit for bit; ``kept``: what the other's moments are compared as."""
     parts = [(one.inputs, other.inputs), (one.outputs, other.outputs)]
     return (one.name, one.tokens) == (other.name, other.tokens) and all(
         a.keys() == b.keys() and all(a[layer].kind == b[layer].kind for layer in a)
-        and all(torch.equal(a[layer].values, b[layer].values) for layer in a)
+        and all(torch.equal(a[layer].values, kept(b[layer]).values) for layer in a)
         for a, b in parts
     )  # fmt: skip
 
@@ -380,13 +386,13 @@ def test_the_text_is_the_models_own_and_the_reference(gathered: list[str], tmp_p
     assert alone.tokens == 3 * 16
     assert more.tokens == 3 * 16 + sum(len(item.target) for item in windows(net, REFERENCE.texts))
     assert "mine" in more.name
-    assert same(alone, gather(net, own, FULL, alone.name))
-    assert same(more, gather(net, [*own, *windows(net, REFERENCE.texts)], FULL, more.name))
+    assert same(alone, gather(net, own, FULL, alone.name), packed)
+    assert same(more, gather(net, [*own, *windows(net, REFERENCE.texts)], FULL, more.name), packed)
     fewer = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=1)
-    assert same(fewer, gather(net, [*net.sample(1, 16), *windows(net, REFERENCE.texts)], FULL, fewer.name))
+    assert same(fewer, gather(net, [*net.sample(1, 16), *windows(net, REFERENCE.texts)], FULL, fewer.name), packed)
     given = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=0)
     assert given.name == "mine"
-    assert same(given, gather(net, windows(net, REFERENCE.texts), FULL, "mine"))
+    assert same(given, gather(net, windows(net, REFERENCE.texts), FULL, "mine"), packed)
     assert len({item.name for item in (alone, more, fewer, given)}) == 4
     with pytest.raises(UsageError, match="expected 1 or more, or 0 beside other reference text"):
         statistics_of(net, FULL, cache=tmp_path, own=0)
@@ -437,7 +443,7 @@ def forge(change: Any) -> Any:
 
 
 def nan(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["inputs.1"][0, 0] = torch.nan
+    tensors["inputs.1.rows"][0, 0] = torch.nan
 
 
 DAMAGE: dict[str, Any] = {
@@ -451,18 +457,22 @@ DAMAGE: dict[str, Any] = {
     "metadata of another kind": lambda data: safetensors.torch.save({}, {"lmrepair": "[1]"}),
     "metadata too deep": lambda data: safetensors.torch.save({}, {"lmrepair": "[" * 100_000}),
     "not a number": forge(nan),
-    "infinite": forge(lambda _, tensors: tensors["outputs.0"].fill_(torch.inf)),
-    "of another width": forge(lambda _, tensors: tensors.update({"inputs.0": torch.ones(20, WIDTH + 1)})),
-    "of another kind": forge(lambda _, tensors: tensors.update({"outputs.0": torch.ones(HIDDEN)})),
-    "of no dimension": forge(lambda _, tensors: tensors.update({"outputs.0": torch.tensor(1.0)})),
-    "of another type": forge(lambda _, tensors: tensors.update({"outputs.0": torch.ones(HIDDEN, HIDDEN).half()})),
-    "a layer less": forge(lambda _, tensors: tensors.pop("outputs.2")),
-    "a tensor more": forge(lambda _, tensors: tensors.update({"outputs.9": torch.ones(3)})),
+    "infinite": forge(lambda _, tensors: tensors["outputs.0.diagonal"].fill_(torch.inf)),
+    "of another width": forge(
+        lambda _, tensors: tensors.update({"inputs.0.rows": torch.ones(20, WIDTH + 1).bfloat16()})
+    ),
+    "of another kind": forge(lambda _, tensors: tensors.update({"outputs.0.rows": torch.ones(3, HIDDEN).bfloat16()})),
+    "of no dimension": forge(lambda _, tensors: tensors.update({"outputs.0.diagonal": torch.tensor(1.0)})),
+    "of another type": forge(lambda _, tensors: tensors.update({"outputs.0.diagonal": torch.ones(HIDDEN).half()})),
+    "a layer less": forge(
+        lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("outputs.2.")]
+    ),
+    "a tensor more": forge(lambda _, tensors: tensors.update({"outputs.9.diagonal": torch.ones(3)})),
     "for something else": forge(lambda record, _: record.update(key="0" * 64)),
     "tokens that are no number": forge(lambda record, _: record.update(tokens="many")),
     "no tokens": forge(lambda record, _: record.pop("tokens")),
     "other numbers": lambda data: safetensors.torch.save(
-        {**safetensors.torch.load(data), "outputs.0": torch.eye(HIDDEN)}, dict(_metadata(data))
+        {**safetensors.torch.load(data), "outputs.0.diagonal": torch.ones(HIDDEN)}, dict(_metadata(data))
     ),
 }
 
@@ -539,3 +549,87 @@ def test_a_model_without_finite_logits_is_refused() -> None:
         net.sample(2, 4)
     with pytest.raises(ModelError, match="no finite numbers"):
         gather(net, tokens, Asked("full", "full", 8, 0.01), "own")
+
+
+# --- in few bytes, and taken up again --------------------------------------------------------------
+
+
+def test_packed_moments_keep_weak_directions_beside_strong_ones() -> None:
+    """Neurons that differ a thousandfold in size: what is rounded are correlations, to 2^-15 at most half a step."""
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** (3 * torch.rand(37, generator=generator) - 1.5)
+    rows = torch.randn(200, 37, generator=generator) @ torch.randn(37, 37, generator=generator) * size
+    rows[:, 5] = 0
+    full = Moment("full", rows.T @ rows / 200)
+    found, scale = packed(full).values, full.diagonal.sqrt()
+    assert torch.equal(found, found.T)
+    assert torch.equal(found.diagonal(), full.diagonal)
+    assert bool(((found - full.values).abs() <= 0.51 / 32767 * scale[:, None] * scale + 1e-12).all())
+    undone = packed(full).inverse(0.01).apply(torch.eye(37))
+    assert largest(undone - full.inverse(0.01).apply(torch.eye(37))) < 2e-2 * largest(undone)
+    sampled = packed(Moment("sampled", rows)).values
+    assert bool(((sampled - rows).abs() <= 2.0**-8 * rows.abs()).all())
+    assert torch.equal(packed(Moment("diagonal", size)).values, size)
+
+
+def test_the_file_is_small_and_its_size_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TEXTS", 2)
+    said: list[str] = []
+    net = oracle_models.net()
+    statistics_of(net, FULL, cache=tmp_path, progress=lambda what, *_: said.append(what))
+    (path,) = tmp_path.iterdir()
+    announced = [what for what in said if "once for this model" in what]
+    assert len(announced) == 1
+    assert said[0] == announced[0]
+    length = min(module.LENGTH, (net.anatomy.context or 0) - 1)
+    assert f"{2 * length} tokens, 0 MB" in announced[0]
+    numbers = sum(width * width + net.hidden**2 for width in net.widths)
+    headers = 30_000
+    assert path.stat().st_size - headers < 2 * 0.6 * numbers + 4 * sum(width + net.hidden for width in net.widths)
+
+
+@pytest.mark.parametrize("when", range(4))
+def test_a_run_that_was_cut_off_is_taken_up_again(when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While texts are written, or after some of them are read: the end is the same bit for bit, with less to do."""
+    for name, value in (("TEXTS", 4), ("LENGTH", 16), ("PART_SECONDS", -1.0)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sums, "READ_AT_ONCE", 17)
+    whole, reads = statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "whole"), 0
+
+    def stop(what: str, done: int, total: int) -> None:
+        nonlocal reads
+        if what == "statistics" and done == when:
+            raise KeyboardInterrupt
+        reads += what == "statistics"
+
+    if when:
+        with pytest.raises(KeyboardInterrupt):
+            statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "cut", progress=stop)
+    else:
+        real = sums.Sums.read
+        with monkeypatch.context() as patch:
+            patch.setattr(sums.Sums, "read", lambda self: iter(stop("statistics", 0, 4) or real(self)))
+            with pytest.raises(KeyboardInterrupt):
+                statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "cut")
+    (part,) = (tmp_path / "cut").iterdir()
+    assert part.suffix == ".part"
+    sampled: list[int] = []
+    real_sample = Net.sample
+    monkeypatch.setattr(Net, "sample", lambda *given: sampled.append(1) or real_sample(*given))
+    when, reads = -1, 0
+    assert same(statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "cut", progress=stop), whole)
+    assert not sampled
+    assert [path.suffix for path in (tmp_path / "cut").iterdir()] == [".safetensors"]
+
+
+def test_a_damaged_part_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TEXTS", 2)
+    monkeypatch.setattr(module, "LENGTH", 16)
+    wanted = statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "one")
+    (path,) = (tmp_path / "one").iterdir()
+    (tmp_path / "two").mkdir()
+    for content in (b"", b"text", path.read_bytes()[:-1]):
+        (tmp_path / "two" / path.with_suffix(".part").name).write_bytes(content)
+        assert same(statistics_of(oracle_models.net(), ASKED, cache=tmp_path / "two"), wanted)
+        assert [left.suffix for left in (tmp_path / "two").iterdir()] == [".safetensors"]
+        (tmp_path / "two" / path.name).unlink()

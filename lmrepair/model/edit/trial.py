@@ -13,28 +13,14 @@ import torch
 from torch import Tensor
 
 from lmrepair.model.batches import Sites
+from lmrepair.model.edit.changes import BITS, Change, Delta, Edit, LowRank, Product, patched
 from lmrepair.model.net import Net
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class Change:
-    """One layer's part: neuron indices [k] (int64, sorted), deltas [k, d] (float32), originals [k, d]."""
-
-    columns: Tensor
-    deltas: Tensor
-    originals: Tensor
-
-    def patched(self) -> Tensor:
-        """The neurons as the patch leaves them: summed in float32, rounded once to the model's dtype."""
-        return (self.originals.float() + self.deltas).to(self.originals.dtype)
 
 
 class Trial:
     """Neurons under edit: ``with Trial(net, sites) as trial`` puts their original bits back unless kept.
 
-    Deltas are always the whole change since the start, [k, d] float32; the weights are set to
+    Deltas are always the whole change since the start, [k, d] float32 or factors; the weights are set to
     cast(original + delta), so that steps too small for the weights' dtype add up.
     """
 
@@ -46,11 +32,10 @@ class Trial:
     def __enter__(self) -> Trial:
         return self
 
-    def write(self, deltas: Mapping[int, Tensor]) -> None:
+    def write(self, deltas: Mapping[int, Delta]) -> None:
         """Set the neurons to original + delta, layer → [k, d]; layers not named keep what they have."""
         for layer, delta in deltas.items():
-            original = self.originals[layer]
-            put(self.net, layer, self.sites.columns[layer], (original.float() + delta).to(original.dtype))
+            put(self.net, layer, self.sites.columns[layer], patched(self.originals[layer], delta))
 
     def keep(self) -> None:
         """Leave the weights as they are now when the block ends without an error."""
@@ -63,17 +48,22 @@ class Trial:
             for layer, original in self.originals.items():
                 put(self.net, layer, self.sites.columns[layer], original)
 
-    def changes(self, deltas: Mapping[int, Tensor]) -> dict[int, Change]:
-        """The neurons that the deltas really change, layer by layer, on the CPU."""
-        found = {}
-        for layer, delta in sorted(deltas.items()):
-            original = self.originals[layer]
-            moved = ~_equal_bits((original.float() + delta).to(original.dtype), original).all(dim=1)
-            if bool(moved.any()):
-                columns = self.sites.columns[layer].to(moved.device)[moved]
-                parts = (columns, delta[moved].float(), original[moved])
-                found[layer] = Change(*(part.detach().cpu().contiguous() for part in parts))
-        return found
+    def changes(self, deltas: Mapping[int, Delta]) -> dict[int, Edit]:
+        """What the deltas really change, layer by layer, on the CPU: of dense ones, the neurons that move."""
+        found = {layer: self._change(layer, delta) for layer, delta in sorted(deltas.items())}
+        return {layer: change for layer, change in found.items() if change is not None}
+
+    def _change(self, layer: int, delta: Delta) -> Edit | None:
+        original, columns = self.originals[layer], self.sites.columns[layer]
+        values = patched(original, delta)
+        moved = ~_equal_bits(values, original).all(dim=1)
+        if not bool(moved.any()):
+            return None
+        if isinstance(delta, Product) and len(columns) == self.net.widths[layer]:
+            return LowRank.of(delta, original)
+        dense = delta.dense() if isinstance(delta, Product) else delta
+        parts = (columns.to(moved.device)[moved], dense[moved].float(), original[moved])
+        return Change(*(part.detach().cpu().contiguous() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -99,8 +89,9 @@ class Projections:
 
 
 def take(net: Net, layer: int, columns: Tensor) -> Tensor:
+    """A copy of some of a layer's neurons, [k, d]."""
     neurons = net.columns(layer)
-    return neurons.index_select(0, columns.to(neurons.device))
+    return neurons.clone() if len(columns) == len(neurons) else neurons.index_select(0, columns.to(neurons.device))
 
 
 def put(net: Net, layer: int, columns: Tensor, values: Tensor) -> None:
@@ -114,7 +105,7 @@ def put(net: Net, layer: int, columns: Tensor, values: Tensor) -> None:
 
 
 def _equal_bits(one: Tensor, other: Tensor) -> Tensor:
-    kind = _BITS[one.element_size()]
+    kind = BITS[one.element_size()]
     return one.contiguous().view(kind) == other.contiguous().to(one.device).view(kind)
 
 

@@ -232,7 +232,7 @@ def patch_data(patch: Patch) -> dict[str, Any]:
         "layers": {str(layer): len(change.columns) for layer, change in patch.changes.items()},
         "neurons": patch.neurons,
         "bytes": patch.size,
-        "largest_delta": max(float(change.deltas.abs().max()) for change in patch.changes.values()),
+        "largest_delta": max(change.largest for change in patch.changes.values()),
         "drift": dict(patch.made.drift),
         "gate": dict(patch.made.gate),
         "versions": dict(patch.made.versions),

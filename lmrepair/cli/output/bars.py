@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Bars on a terminal's standard error, one for each stage that reports; nothing elsewhere."""
+    """Bars on a terminal's standard error, one for each stage that reports; nothing elsewhere (nor on a dumb one)."""
     from lmrepair.model import quiet
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield quiet
         return
     from rich.console import Console

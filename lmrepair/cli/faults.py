@@ -1,0 +1,160 @@
+"""Whatever goes wrong is one line on standard error and an exit status; a traceback only with ``--debug``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import typer
+
+from lmrepair.cli.output import drop_output, notes, open_streams, say
+from lmrepair.errors import LmrepairError
+from lmrepair.measure import visible
+
+BAD, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+AS_IT_WAS = "the model is as it was"
+ADVICE = {
+    errno.ENOSPC: "free some space, or write elsewhere",
+    errno.EDQUOT: "free some space, or write elsewhere",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write less: --neurons 16, --layers last",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: "write where you may, or read what you may",
+}
+FITS = "less is needed with --layers last, --neurons 16, --dtype bfloat16, or fewer failures at a time (--limit)"
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop; whatever is half done is undone on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def guarded(run: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a command and give its exit status, whatever happens in it."""
+    open_streams()
+    guard = _OneLine(debug)
+    with notes(), guard, _stoppable():
+        guard.code = run() or 0
+        sys.stdout.flush()
+    return guard.code
+
+
+class _OneLine:
+    """Turns whatever is raised inside into an exit status and at most one line."""
+
+    def __init__(self, debug: bool) -> None:
+        self.debug, self.code = debug, 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None:
+            return True
+        self.code, line = verdict(error)
+        if isinstance(error, OSError):
+            drop_output()
+        if line and self.debug:
+            traceback.print_exception(error)
+        if line:
+            complain(line)
+        return True
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    say(f"lmrepair: error: {visible(line, None)}", sys.stderr)
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """The exit status of what was raised, and the line that says it; no line where nothing is to be said."""
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else BAD if error.code else 0), ""
+    if isinstance(error, typer.Exit):
+        return error.exit_code, ""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED, f"interrupted; {AS_IT_WAS}"
+    if isinstance(error, Stopped):
+        return 128 + error.number, f"stopped by {error}; {AS_IT_WAS}"
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED, ""
+    short = next((one for one in _chain(error) if is_out_of_memory(one)), None)
+    if short is not None:
+        return BAD, f"out of memory ({_words(short)}){_free()}; {FITS}; {AS_IT_WAS}"
+    if isinstance(error, LmrepairError):
+        return BAD, str(error)
+    if isinstance(error, typer.TyperException):
+        text = getattr(error, "format_message", error.__str__)()
+        return BAD, f"{text} (see lmrepair --help)" if text else ""  # without arguments the help was printed
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return BAD, f"{what}{error.strerror or error}; {ADVICE.get(error.errno or 0, 'nothing was changed')}"
+    if isinstance(error, ImportError):
+        return BAD, f"{_words(error)}; install lmrepair anew, or the extra that brings it"
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(f" at {os.path.basename(frame.filename)}:{frame.lineno}" for frame in where)
+    return BAD, (
+        f"a fault of lmrepair's own, {type(error).__name__}{place}: {_words(error)}; {AS_IT_WAS}; "
+        "lmrepair --debug COMMAND … shows where: please report it"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, torch's on the CPU (a bare RuntimeError) or on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split()).removeprefix("[enforce fail at alloc_cpu.cpp:118] ")
+    return text[:200] or type(error).__name__
+
+
+def _free() -> str:
+    """How much memory could still be had, where the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return f"; {int(lines['MemAvailable'].split()[0]) / 1e6:.1f} GB are free"
+    except (OSError, KeyError, ValueError, IndexError):
+        return ""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that ask to stop unwind what is under way, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Stopped(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,126 @@
+"""The untouched model on reference text: read a stage at a time, as far as it takes to decide, and kept for a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lmrepair.errors import UsageError
+from lmrepair.failures import Reference, Tokens
+from lmrepair.measure import Drift, Edit, compare, refuse_namesakes, text_batches, worst_first
+from lmrepair.model import WINDOW, Batch, Head, Net, settled, windows
+
+STAGES = (16, 48, 128, WINDOW)  # how many tokens of each text are read by then; after the last, all that is measured
+ERRORS, LARGEST = 4.0, 8.0  # how far the mean may be off: standard errors, and shares of the largest value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The drift of an edit on texts, by the reference's name (the largest KL first) and on all of them together."""
+
+    kinds: Mapping[str, Drift]
+    drift: Drift
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What the net says of texts without any edit: the states [n, d] that its head reads, kept as they are read.
+
+    ``texts``: which of the references each text is of, and its tokens. ``kept``: by stage, batches with which
+    texts they hold, and the states; the gate and the record share them. ``full``: one stage, all of the texts.
+    """
+
+    net: Net
+    references: tuple[Reference, ...]
+    texts: tuple[tuple[int, Tokens], ...]
+    head: Head
+    full: bool = False
+    kept: dict[int, list[tuple[Batch, Tensor, Tensor]]] = field(default_factory=dict, compare=False)
+
+    @staticmethod
+    def of(net: Net, references: Sequence[Reference], full: bool = False) -> Untouched:
+        """Nothing is read yet but a few tokens. Raises UsageError for two references of one name."""
+        refuse_namesakes(references)
+        found = [(kind, item) for kind, one in enumerate(references) for item in windows(net, one.texts)]
+        with settled(net.model):
+            head, _ = text_batches(net, [found[0][1]])
+        return Untouched(net, tuple(references), tuple(found), head, full)
+
+    def covers(self, reference: Reference) -> bool:
+        """Whether these are the texts of a reference, in whatever order."""
+        mine = sorted(text for one in self.references for text in one.texts)
+        return mine == sorted(reference.texts)
+
+    def measure(self, edit: Edit, limit: float = math.inf) -> Measured:
+        """Read on until no kind's KL can be on the other side of ``limit``; without a limit the first stage is all.
+
+        The net has to be as it was when these texts were read first.
+        """
+        parts: list[list[Tensor]] = [[] for _ in self.references]
+        for stage in range(1 if self.full else len(STAGES)):
+            with settled(self.net.model), torch.inference_mode():
+                for batch, seen, kinds in self._stage(stage):
+                    (table,) = compare(self.head, batch, seen, [edit])
+                    for kind in kinds.unique().tolist():
+                        parts[kind].append(table[kinds == kind])
+            tables = [torch.cat(part) if part else torch.empty(0, 4) for part in parts]
+            if limit == math.inf or decided([table[:, 0] for table in tables], limit):
+                break
+        names = [reference.name for reference in self.references]
+        drifts = {name: Drift.of(table) for name, table in zip(names, tables, strict=True)}
+        return Measured(worst_first(drifts), Drift.of(torch.cat(tables)))
+
+    def _stage(self, stage: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        if stage in self.kept:
+            yield from self.kept[stage]
+            return
+        first, last = (0, WINDOW) if self.full else ((0, *STAGES)[stage], STAGES[stage])
+        chosen = [(kind, piece) for kind, item in self.texts if (piece := _piece(item, max(first, 1), last))]
+        kinds = torch.tensor([kind for kind, _ in chosen])
+        _, batches = text_batches(self.net, [piece for _, piece in chosen], self.head) if chosen else (None, [])
+        read, at = [], 0
+        for batch in batches:
+            item = (batch, self.head.seen(batch), kinds[at : at + len(batch.tokens)][batch.owner.cpu()])
+            at += len(batch.tokens)
+            yield item
+            if not self.head.whole:
+                read.append(item)
+        if not self.head.whole:
+            self.kept[stage] = read
+
+
+def read_fully(drift: str) -> bool:
+    """Whether all of the texts are to be read. Raises UsageError for what is neither "quick" nor "full"."""
+    if drift not in ("quick", "full"):
+        raise UsageError(f"drift is {drift!r}; expected 'quick' (as much text as decides) or 'full' (all of it)")
+    return drift == "full"
+
+
+def decided(kls: Sequence[Tensor], limit: float) -> bool:
+    """Whether all kinds are known to be within the limit, or one to be beyond it (or no number)."""
+    found = [bounds(kl) for kl in kls]
+    return all(high <= limit for _, high in found) or any(not low <= limit for low, _ in found)
+
+
+def bounds(kl: Tensor) -> tuple[float, float]:
+    """Between what the mean KL over a whole text is taken to lie, from its values [n] at some positions.
+
+    mean ± (ERRORS·s/√n + LARGEST·max/n): a normal bound, and room for eight positions yet unseen that are as
+    large as the largest. NaN where the mean is.
+    """
+    if not len(kl):
+        return 0.0, math.inf
+    mean = float(kl.mean())
+    spread = float(kl.std(correction=1)) if len(kl) > 1 else mean
+    off = ERRORS * spread / math.sqrt(len(kl)) + LARGEST * float(kl.max()) / len(kl)
+    return mean - off, mean + off
+
+
+def _piece(item: Tokens, first: int, last: int) -> Tokens | None:
+    """The tokens from ``first`` to ``last``, predicted from all that stand before them."""
+    ids = item.ids[:last]
+    return Tokens(item.id, ids[:first], ids[first:]) if len(ids) > first else None

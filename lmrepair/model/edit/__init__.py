@@ -1,0 +1,29 @@
+"""Every write to a weight: what is done to a layer, kept so that it can be taken back bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.model.edit.changes import (
+        EXPONENT as EXPONENT,
+        SPREAD as SPREAD,
+        Change as Change,
+        Delta as Delta,
+        Edit as Edit,
+        LowRank as LowRank,
+        Product as Product,
+        patched as patched,
+    )
+    from lmrepair.model.edit.trial import (
+        Projections as Projections,
+        Trial as Trial,
+        put as put,
+        same_bits as same_bits,
+        take as take,
+        uninterrupted as uninterrupted,
+    )
+
+__getattr__, __dir__ = door(__name__)

@@ -1,0 +1,14 @@
+"""Statistics of reference text: what is read, the moments of what flows through the layers, kept in few bytes on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.model.statistics.cache import cache_folder as cache_folder, statistics_of as statistics_of
+    from lmrepair.model.statistics.sums import gather as gather
+    from lmrepair.model.statistics.texts import WINDOW as WINDOW, windows as windows
+
+__getattr__, __dir__ = door(__name__)

@@ -1,0 +1,228 @@
+"""Statistics gathered once for a model: kept on disk by its fingerprint, taken up again where a run was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lmrepair.errors import UsageError
+from lmrepair.failures import Reference, Tokens, write_atomically
+from lmrepair.model.digests import fingerprint
+from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
+from lmrepair.model.net import Net, settled
+from lmrepair.model.progress import Progress, quiet
+from lmrepair.model.statistics.packing import pack, shapes, size, unpack
+from lmrepair.model.statistics.sums import Sums, kind_for
+from lmrepair.model.statistics.texts import windows
+
+log = logging.getLogger("lmrepair")
+
+TEXTS, LENGTH = 24, 192  # how much text a model writes for its own statistics, in tokens
+FORMAT = 3
+PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
+
+Kinds = Mapping[int, tuple[str, str]]  # layer → how C and F are kept
+
+
+def statistics_of(
+    net: Net,
+    asked: Asked,
+    reference: Reference | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress = quiet,
+    own: int | None = None,
+) -> Statistics:
+    """The statistics a method asks for, from text the model writes by itself and, if given, a reference too.
+
+    ``own``: how many texts the model writes (default TEXTS); 0 where the reference alone is to be read.
+    Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
+    file that is damaged or for something else is made anew, and a folder that cannot be written to is done
+    without. What it takes is said through ``progress`` before it starts; a run that is cut off is taken up
+    where it stood some seconds before.
+    """
+    length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
+    count = TEXTS if own is None else own
+    if count < (reference is None):
+        raise UsageError(f"{count} texts of the model's own; expected 1 or more, or 0 beside other reference text")
+    parts = [f"{count} x {length} own tokens, seed {seed}"] if count else []
+    name = ", ".join([*parts, reference.name] if reference else parts)
+    given = windows(net, reference.texts) if reference else []
+    kinds = {
+        layer: (kind_for(asked.inputs, width), kind_for(asked.outputs, net.hidden))
+        for layer, width in enumerate(net.widths)
+    }
+    model = fingerprint(net, {})
+    read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
+    wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
+              "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__}  # fmt: skip
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+    file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
+    found = _kept(file, net, kinds)
+    if found is None:
+        tokens = count * length + sum(len(item.target) for item in given)
+        room = sum(
+            size(one, width, asked.samples) + size(other, net.hidden, asked.samples)
+            for (one, other), width in zip(kinds.values(), net.widths, strict=True)
+        )
+        progress(f"statistics, once for this model: {tokens:,} tokens, {room / 1e6:.0f} MB kept", 0, 1)
+        found = _packed(_gathered(file, net, given, asked, (count, length, seed), progress))
+        file.write(*found)
+        file.part.remove()
+    return _statistics(found, kinds, name)
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept: LMREPAIR_CACHE, or lmrepair in the user's cache folder."""
+    chosen, above = os.environ.get("LMREPAIR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if chosen or above:
+        return Path(chosen) if chosen else Path(str(above)) / "lmrepair"
+    try:
+        return Path.home() / ".cache" / "lmrepair"
+    except RuntimeError:  # a user without a home: no folder at all, where nothing is found and nothing can be kept
+        return Path(os.devnull) / "lmrepair"
+
+
+Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them
+
+
+def _gathered(
+    file: _File, net: Net, given: Sequence[Tokens], asked: Asked, own: tuple[int, int, int], progress: Progress
+) -> Statistics:
+    """Written and read, from where a run before was cut off."""
+    count, length, seed = own
+    part, began = file.part.read() or ({}, {}), time.monotonic()
+    state = part[0]
+    tokens: list[Tokens] = []
+    if count:
+        progress("own text", 0, 1)
+        tokens = _texts(state.get("texts"), count, length) or _written(net, count, length, seed)
+    texts = {"texts": torch.tensor([item.ids for item in tokens])}
+    sums = Sums.of(net, [*tokens, *given], asked, seed)
+    if "done" in state and tokens == _texts(state.get("texts"), count, length):
+        sums.resume(state)
+    elif time.monotonic() - began > PART_SECONDS:
+        file.part.write(texts, {})
+    saved = time.monotonic()
+    for done, total in sums.read():
+        progress("statistics", done, total)
+        if time.monotonic() - saved > PART_SECONDS and done < total:
+            file.part.write({**texts, **sums.state()}, {})
+            saved = time.monotonic()
+    return sums.statistics("")
+
+
+def _written(net: Net, count: int, length: int, seed: int) -> list[Tokens]:
+    with settled(net.model):
+        return net.sample(count, length, seed)
+
+
+def _texts(ids: Tensor | None, count: int, length: int) -> list[Tokens]:
+    """The model's own texts as a file keeps them; none where it keeps others."""
+    if ids is None or tuple(ids.shape) != (count, length + 1):
+        return []
+    return [Tokens(str(at), (row[0],), tuple(row[1:])) for at, row in enumerate(ids.tolist())]
+
+
+def _packed(statistics: Statistics) -> Packed:
+    tensors = {}
+    for part, moments in (("inputs", statistics.inputs), ("outputs", statistics.outputs)):
+        for layer in moments:
+            tensors |= {f"{part}.{layer}.{name}": piece for name, piece in pack(moments[layer]).items()}
+    return tensors, {"tokens": statistics.tokens}
+
+
+def _statistics(found: Packed, kinds: Kinds, name: str) -> Statistics:
+    """Moments in float32, each unpacked when it is asked for."""
+    tensors, record = found
+
+    def moment(part: str, layer: int) -> Moment:
+        start = f"{part}.{layer}."
+        return unpack({name[len(start) :]: piece for name, piece in tensors.items() if name.startswith(start)})
+
+    inputs = OnDemand(kinds, lambda layer: moment("inputs", layer), keep=False)
+    outputs = OnDemand(kinds, lambda layer: moment("outputs", layer), keep=False)
+    return Statistics(inputs, outputs, name, record["tokens"])
+
+
+def _kept(file: _File, net: Net, kinds: Kinds) -> Packed | None:
+    """What a file keeps, or None where it is missing, damaged, or for something else."""
+    found = file.read()
+    if found is None:
+        return None
+    tensors, record = found
+    wanted = {}
+    for layer, both in kinds.items():
+        for part, kind, width in zip(("inputs", "outputs"), both, (net.widths[layer], net.hidden), strict=True):
+            wanted |= {f"{part}.{layer}.{name}": form for name, form in shapes(kind, width).items()}
+    tokens = record.get("tokens")
+    fits = set(tensors) == set(wanted) and all(_fits(tensors[name], *form) for name, form in wanted.items())
+    return found if fits and type(tokens) is int and tokens > 0 else None
+
+
+def _fits(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    open_ended = shape[0] < 0 and values.dim() == 2
+    alike = tuple(values.shape) == ((len(values), *shape[1:]) if open_ended else shape)
+    return values.dtype == dtype and alike and bool(values.isfinite().all())
+
+
+@dataclass(frozen=True)
+class _File:
+    """Tensors with a record, under a key and a digest: what does not fit them is as good as missing."""
+
+    path: Path
+    key: str
+
+    @property
+    def part(self) -> _File:
+        """The file of a run that is under way."""
+        return _File(self.path.with_suffix(".part"), self.key)
+
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write all or nothing; where nothing can be kept, the work goes on without."""
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps({**record, "key": self.key, "digest": _digest(whole)}, sort_keys=True)
+        try:
+            write_atomically(self.path, safetensors.torch.save(whole, {"lmrepair": text}))
+        except OSError as error:
+            log.warning(
+                "statistics cannot be kept in %s (%s) and are gathered again next time; LMREPAIR_CACHE names a folder",
+                self.path.parent,
+                error.strerror or error,
+            )
+
+    def read(self) -> Packed | None:
+        try:
+            with safetensors.safe_open(str(self.path), framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
+                if not isinstance(record, dict) or record.get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError, ValueError, RecursionError):
+            return None
+        return (tensors, record) if record.get("digest") == _digest(tensors) else None
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

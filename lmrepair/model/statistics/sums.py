@@ -1,0 +1,180 @@
+"""Moments while texts are read: sums over positions, in one pass forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lmrepair.errors import NotFiniteError
+from lmrepair.failures import Tokens
+from lmrepair.model.anatomy import not_finite
+from lmrepair.model.batches import Batch
+from lmrepair.model.head import Head
+from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
+from lmrepair.model.net import Net, settled
+from lmrepair.model.statistics.packing import strips
+
+FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
+READ_AT_ONCE = 256  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
+
+Report = Callable[[int, int], None]
+
+
+def gather(
+    net: Net,
+    tokens: Sequence[Tokens],
+    asked: Asked,
+    name: str,
+    seed: int = 0,
+    progress: Report = lambda _, __: None,
+) -> Statistics:
+    """Read the texts once, with the gradients of tokens sampled from the model itself (the true Fisher).
+
+    The loss of a text is summed over its positions, so that the gradient at one holds its effect on later
+    ones. Every position that a token follows counts alike (at a text's last one nothing is predicted);
+    sampled moments keep positions drawn without replacement.
+    """
+    sums = Sums.of(net, tokens, asked, seed)
+    for done, total in sums.read():
+        progress(done, total)
+    return sums.statistics(name)
+
+
+@dataclass
+class Sums:
+    """The moments of some texts as far as they are read: ``done`` of the ``batches``, ``at`` of ``count`` positions.
+
+    ``kept`` [count]: which positions sampled moments keep.
+    """
+
+    net: Net
+    batches: list[Batch]
+    inputs: dict[int, Sum]
+    outputs: dict[int, Sum]
+    head: Head
+    kept: Tensor
+    generator: torch.Generator
+    done: int = 0
+    at: int = 0
+
+    @staticmethod
+    def of(net: Net, tokens: Sequence[Tokens], asked: Asked, seed: int) -> Sums:
+        """Nothing read yet."""
+        count = sum(len(item.ids) - 1 for item in tokens)
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
+        kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
+        inputs = {layer: Sum(kind_for(asked.inputs, width)) for layer, width in enumerate(net.widths)}
+        outputs = {layer: Sum(kind_for(asked.outputs, net.hidden)) for layer in range(net.layers)}
+        generator = torch.Generator(net.device).manual_seed(seed)
+        with settled(net.model):
+            head = Head.of(net, net.batches(tokens[:1])[0])
+        return Sums(net, net.batches(tokens, READ_AT_ONCE), inputs, outputs, head, kept, generator)
+
+    def read(self) -> Iterator[tuple[int, int]]:
+        """Read on, batch by batch; yields how many are read, of how many."""
+        while self.done < len(self.batches):
+            with settled(self.net.model):
+                self._read(self.batches[self.done])
+            self.done += 1
+            yield self.done, len(self.batches)
+
+    def _read(self, batch: Batch) -> None:
+        net, layers = self.net, list(self.inputs)
+        with torch.enable_grad(), net.watch(layers) as watched:
+            seen = self.head.seen(batch)
+            made = torch.autograd.grad(seen, [watched.outputs[layer] for layer in layers], self._slopes(seen))
+        real = F.pad(batch.mask[:, 1:], (0, 1)).reshape(-1).bool()
+        rows = self.kept[self.at : self.at + int(real.sum())].to(net.device)
+        self.at += len(rows)
+        for layer, slope in zip(layers, made, strict=True):
+            self.inputs[layer].add(watched.inputs[layer].detach().reshape(len(real), -1)[real], rows)
+            self.outputs[layer].add(slope.reshape(len(real), -1)[real], rows)
+
+    def _slopes(self, seen: Tensor) -> Tensor:
+        """The gradient of the loss of sampled tokens where the head reads, a block of positions at a time."""
+        found = []
+        for start in range(0, len(seen), self.head.positions):
+            part = seen[start : start + self.head.positions].detach().requires_grad_()
+            logits = self.head.logits(part).float()
+            if not bool(logits.detach().isfinite().all()):
+                raise NotFiniteError(not_finite("", self.net.dtype))
+            said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=self.generator).squeeze(1)
+            found += torch.autograd.grad(F.cross_entropy(logits, said, reduction="sum"), part)
+        return torch.cat(found)
+
+    def statistics(self, name: str) -> Statistics:
+        """What was read, each layer's moment put together when it is asked for."""
+        count = self.at
+        return Statistics(
+            OnDemand(self.inputs, lambda layer: self.inputs[layer].moment(count), keep=False),
+            OnDemand(self.outputs, lambda layer: self.outputs[layer].moment(count), keep=False),
+            name,
+            count,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on later."""
+        found = {"done": torch.tensor([self.done, self.at]), "generator": self.generator.get_state()}
+        for part, sums in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for layer, one in sums.items():
+                found |= {f"{part}.{layer}.{number}": piece for number, piece in enumerate(one.parts)}
+        return found
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where the ``state`` of sums over the same texts stood."""
+        self.done, self.at = state["done"].tolist()
+        self.generator.set_state(state["generator"])
+        for part, sums in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for layer, one in sums.items():
+                names = (f"{part}.{layer}.{number}" for number in range(len(state)))
+                device = "cpu" if one.kind == "sampled" else self.net.device
+                one.parts = [state[name].to(device) for name in names if name in state]
+
+
+def kind_for(asked: str, width: int) -> str:
+    """How a moment of a width is kept where it is left open."""
+    return asked if asked != "auto" else "full" if width <= FULL_WIDTH else "sampled"
+
+
+@dataclass
+class Sum:
+    """A moment while its rows come in: strips of the sum of x xᵀ, the sum of x², or rows."""
+
+    kind: str
+    parts: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, sampled: Tensor) -> None:
+        """Take rows x [n, w]; a sampled moment keeps some of them."""
+        x = x.float()
+        if self.kind == "sampled":
+            self.parts = [torch.cat([*self.parts, x[sampled].cpu()])]
+            return
+        if self.kind != "full":
+            self.parts = [sum(self.parts, x.square().sum(dim=0))]
+            return
+        if not self.parts:
+            width = x.shape[1]
+            self.parts = [x.new_zeros(rows.stop - rows.start, width - rows.start) for rows in strips(width)]
+        for part, rows in zip(self.parts, strips(x.shape[1]), strict=True):
+            part.addmm_(x[:, rows].T, x[:, rows.start :])
+
+    def moment(self, count: int) -> Moment:
+        """The mean over ``count`` positions."""
+        if self.kind == "sampled":
+            return Moment("sampled", self.parts[0])
+        if self.kind != "full":
+            mean = (self.parts[0] / count).cpu()
+            return Moment.identity(len(mean), float(mean.mean())) if self.kind == "none" else Moment(self.kind, mean)
+        width = self.parts[0].shape[1]
+        values = torch.empty(width, width)
+        for part, rows in zip(self.parts, strips(width), strict=True):
+            mean = (part / count).cpu()
+            square = mean[:, : rows.stop - rows.start]
+            square.copy_((square + square.T) / 2)  # a product's rounding need not be symmetric
+            values[rows.start :, rows] = mean.T
+            values[rows, rows.start :] = mean
+        return Moment("full", values)
