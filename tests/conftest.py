@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from command import ROWS, Run, write
+from hypothesis import settings
 
 from lmrepair import cli
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers run side by side: one thread each, in the processes they start, too. Threads that wait for one
+# another spin, and beside any other process that costs several times the work itself. Read as torch is imported.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+SLOW = Path(__file__).with_name("slow.txt")
+
+# The same examples in every run: what fails here fails everywhere. LMREPAIR_EXAMPLES=random looks for new ones.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("random")
+settings.load_profile(os.environ.get("LMREPAIR_EXAMPLES", "same"))
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark the tests that slow.txt names, so that ``make quick`` leaves them out; a new test is in it by default."""
+    slow = set(slow_tests())
+    for item in items:
+        name = item.nodeid.split("[")[0].removeprefix("tests/")
+        if name in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+def slow_tests() -> list[str]:
+    """What slow.txt names: ``room/test_module.py::test``, all of its parameters."""
+    lines = SLOW.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder where statistics are kept: never the user's, in this process or in those it starts."""
-    folder = tmp_path_factory.mktemp("cache")
+    """The folder where statistics are kept: never the user's, in this process or in those it starts.
+
+    Workers that run side by side share it: the statistics of the model that ships are gathered once.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMREPAIR_CACHE", str(folder))
         yield folder

@@ -114,8 +114,11 @@ def fisher(model: Any, ids: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
 # --- margins and the step -------------------------------------------------------------------------
 
 
-def margins(model: Any, sequences: Sequences) -> tuple[Tensor, list[list[Tensor]]]:
-    """Margins [N] of all target tokens, and for each of them the gradients, layer → [m, d]: dense autograd."""
+def margins(model: Any, sequences: Sequences, all_rivals: bool = False) -> tuple[Tensor, list[list[Tensor]]]:
+    """Margins [N] of all target tokens, and for each of them the gradients, layer → [m, d]: dense autograd.
+
+    ``all_rivals``: gradients of the log-odds of the wanted token instead.
+    """
     twin = _twin(model)
     weights = [matrix.weight for matrix in _matrices(twin)]
     values, made = [], []
@@ -126,7 +129,9 @@ def margins(model: Any, sequences: Sequences) -> tuple[Tensor, list[list[Tensor]
             others = torch.cat([row[:wanted], row[wanted + 1 :]])
             margin = row[wanted] - others.max()
             values.append(margin.detach())
-            parts = torch.autograd.grad(margin, weights, retain_graph=True)
+            chance = row.softmax(0)[wanted]
+            value = chance.log() - (1 - chance).log() if all_rivals else margin
+            parts = torch.autograd.grad(value, weights, retain_graph=True)
             made.append([_neuron_major(m, part) for m, part in zip(_matrices(twin), parts, strict=True)])
     return torch.stack(values), made
 
@@ -138,6 +143,19 @@ def system(gradients: Sequence[Sequence[Tensor]], c: Sequence[Tensor], f: Sequen
         for t, other in enumerate(gradients):
             for layer in range(len(c)):
                 found[s, t] += (one[layer] * (torch.linalg.inv(c[layer]) @ other[layer] @ f[layer].inverse())).sum()
+    return found
+
+
+def spans(deltas: Sequence[Tensor], c: Sequence[Tensor], f: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """Layer → the directions U [m, r] of Δ [m, d] worth most: C^½ U are left singular vectors of C^½ Δ F^½."""
+    found = []
+    for delta, inside, outside in zip(deltas, c, f, strict=True):
+        sizes, frame = torch.linalg.eigh(inside)
+        root, back = (frame * sizes**power @ frame.T for power in (0.5, -0.5))
+        wide, turn = torch.linalg.eigh(outside)
+        left, values, _ = torch.linalg.svd(root @ delta @ (turn * wide**0.5 @ turn.T))
+        kept = min(rank, int((values > 1e-6 * values[0]).sum()))
+        found.append(back @ left[:, :kept])
     return found
 
 

@@ -5,8 +5,10 @@ Their weights are large enough, and their norms' gains random enough, that what 
 
 from __future__ import annotations
 
+import copy
 import string
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,7 +76,13 @@ def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def net(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
-    """A Net around ``model``."""
+    """A Net around ``model``, the caller's own: to look for a model's parts costs ten times what a copy does."""
+    return copy.deepcopy(_placed(kind, seed, dtype))
+
+
+@cache
+def _placed(kind: str, seed: int, dtype: torch.dtype) -> Net:
+    """The net that ``net`` copies; nobody else holds it, so no test can change what another one is given."""
     return Net(model(kind, seed, dtype), tokenizer(), f"tiny-{kind}")
 
 

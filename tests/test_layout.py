@@ -19,14 +19,14 @@ ROOMS = {
     "errors": "",
     "failures": "files sources forms rows chats tokens wordings reference protected",
     "model": "progress source anatomy batches net head loading digests edit moments statistics",
-    "diagnosis": "mistakes attribution",
+    "diagnosis": "mistakes attribution drift_probe",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
-    "patch": "format patch folder",
+    "patch": "format patch compose conflicts bisection folder disk serving",
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "output faults options starting repairing measuring demo study fix main",
+    "cli": "output faults options starting patches repairing measuring demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
@@ -34,9 +34,13 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.edit": "sparse_integers changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
-    "methods.maths": "optimiser basis closed_form direct_path tail margins dual",
+    "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
-    "cli.output": "console clock bars render render_measures render_fix",
+    "patch.disk": "stored placing others copies writing source",
+    "patch.serving": "factors choice peft gguf engines",
+    "cli.patches": "common folders parts serve trouble",
+    "cli.output": "console clock bars render render_measures",
+    "cli.fix": "outcomes commands",
     "bench.report": "results figures tables plots page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

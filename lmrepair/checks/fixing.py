@@ -11,12 +11,12 @@ from lmrepair.checks.running import Checker, Verdict
 from lmrepair.checks.sampling import Written, nats, write_greedy, write_samples
 from lmrepair.checks.tasks import Task
 from lmrepair.errors import UsageError
-from lmrepair.failures import Failure, Protected, Reference
+from lmrepair.failures import Protected, Reference
 from lmrepair.loop import Gate, Repair, repair
 from lmrepair.methods import Method
 from lmrepair.model import Net, Progress, quiet
 
-CLOSING = "\n\n"  # what ends a canonical solution
+CLOSING = "\n"  # what ends a canonical solution
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def fix(
 
 def protected(task: Task, written: Written) -> Protected:
     """A completion that passes, to be written as it is now up to where it ends, token by token."""
-    return Protected(Failure(task.prompt, "", task.id, (), task.messages), max(1, written.tokens))
+    return Protected(task.failure(""), max(1, written.tokens))
 
 
 def _reason(tried: Search | None, after: Run, refused: str) -> str:

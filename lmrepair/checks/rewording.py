@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,7 +50,7 @@ def _description(task: Task) -> int | None:
 
 
 def _renamed(task: Task) -> Task | None:
-    name = task.entry_point or _only_function(task)
+    name = task.entry_point or task.opened()
     if not name or task.messages or not re.search(rf"\b{re.escape(name)}\b", task.prompt):
         return None
     other = f"{ANEW}{name}"
@@ -64,12 +63,6 @@ def _renamed(task: Task) -> Task | None:
         canonical=word.sub(other, task.canonical),
         calls=tuple(calls.items()),
     )
-
-
-def _only_function(task: Task) -> str:
-    """The function that a prompt defines, if it defines one alone."""
-    names = [node.name for node in ast.parse(task.helpers()).body if isinstance(node, ast.FunctionDef)]
-    return names[0] if len(names) == 1 else ""
 
 
 def _examples(task: Task) -> Task | None:

@@ -120,9 +120,8 @@ def _write(
 
 def _step(net: Net, task: Task, prompt: Sequence[int], made: list[int], token: int, end: bool) -> Written | None:
     """Take on one token; what was written, if it ends here."""
-    text = _text(net, prompt, made)
     if end:
-        return Written(task.cut(text), decoder(net)([token]), len(made) + 1)
+        return Written(task.cut(_text(net, prompt, made)), decoder(net)([token]), len(made) + 1)
     made.append(token)
     text = _text(net, prompt, made)
     at = task.end(text)

@@ -50,7 +50,7 @@ class Task:
 
     def failure(self, target: str) -> Failure:
         """The task as a failure that wants ``target``."""
-        return Failure(self.prompt, target, self.id, (), self.messages)
+        return Failure(self.prompt, target, self.id, (), self.messages, end_turn=False)
 
     def cut(self, text: str) -> str:
         """The completion up to where it ends by the task's stop rule."""
@@ -77,16 +77,27 @@ class Task:
         return found.group(1) if found else completion
 
     def helpers(self) -> str:
-        """What the prompt itself defines, for the tests to use; empty where it is not Python."""
+        """What the prompt defines above what it leaves open, for the tests to use; empty where it is not Python."""
+        return self._parts()[0]
+
+    def opened(self) -> str:
+        """The name of the function or class that the prompt leaves open; empty if there is none."""
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[str, str]:
         if not self.joined or self.messages:
-            return ""
+            return "", ""
         for source in (self.prompt + "    pass\n", self.prompt):
             try:
-                ast.parse(source)
+                body = ast.parse(source).body
             except (SyntaxError, ValueError):
                 continue
-            return source
-        return ""
+            last = body[-1] if body and isinstance(body[-1], ast.FunctionDef | ast.ClassDef) else None
+            if last is None:
+                return source, ""
+            first = min([last.lineno, *(one.lineno for one in last.decorator_list)])
+            return "".join(source.splitlines(keepends=True)[: first - 1]), last.name
+        return "", ""
 
 
 def read_tasks(path: str | Path, limit: int | None = None) -> list[Task]:

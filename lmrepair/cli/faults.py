@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 import typer
 
 from lmrepair.cli.output import drop_output, notes, open_streams, say
-from lmrepair.errors import LmrepairError
+from lmrepair.errors import FailuresError, LmrepairError
 from lmrepair.measure import visible
 
 BAD, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -87,7 +87,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return 128 + error.number, f"stopped by {error}; {AS_IT_WAS}"
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED, ""
-    short = next((one for one in _chain(error) if is_out_of_memory(one)), None)
+    # A template that asks for too much is the row's fault, and says so itself.
+    reasons = () if isinstance(error, FailuresError) else _chain(error)
+    short = next((one for one in reasons if is_out_of_memory(one)), None)
     if short is not None:
         return BAD, f"out of memory ({_words(short)}){_free()}; {FITS}; {AS_IT_WAS}"
     if isinstance(error, LmrepairError):

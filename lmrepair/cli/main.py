@@ -8,35 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lmrepair.cli.faults import INTERRUPTED, guarded
 from lmrepair.cli.fix import check, fix
 from lmrepair.cli.measuring import evaluate, show, verify
-from lmrepair.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    ModelFolder,
-    Output,
-    PatchFile,
-    Trust,
-    with_method_options,
-)
+from lmrepair.cli.options import Device, Json, with_method_options
 from lmrepair.cli.output import (
     say,
     show_result,
 )
+from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, revert
 from lmrepair.cli.repairing import diagnose, repair
-from lmrepair.cli.starting import dtype_of, load_net
 from lmrepair.cli.study import bench, report
-from lmrepair.measure import visible
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="lmrepair",
@@ -81,7 +67,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
     """Show the whole way on the model that ships: find mistakes, repair, verify, take back."""
     from lmrepair.cli.demo import run_demo
 
-    data = run_demo(device, _silent if as_json else say)
+    data = run_demo(device, (lambda _: None) if as_json else say)
     if as_json:
         show_result(data, [], as_json)
     raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
@@ -89,52 +75,23 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 
 app.command()(diagnose)
 app.command(name="repair")(with_method_options(repair))
-for command in (evaluate, verify, show, check, fix, bench, report):
+for command in (
+    evaluate,
+    verify,
+    show,
+    check,
+    fix,
+    apply,
+    revert,
+    export,
+    compose,
+    diff,
+    conflicts,
+    bisect,
+    bench,
+    report,
+):
     app.command()(command)
-
-
-@app.command()
-def apply(
-    patch: PatchFile,
-    model: ModelFolder,
-    output: Output,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Write a patched copy of a model folder."""
-    _rewrite("apply", patch, model, output, device, dtype, trust, as_json)
-
-
-@app.command()
-def revert(
-    patch: PatchFile,
-    model: ModelFolder,
-    output: Output,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Write a copy of a patched model folder with the patch taken back, bit for bit."""
-    _rewrite("revert", patch, model, output, device, dtype, trust, as_json)
-
-
-def _rewrite(
-    verb: str, patch: Path, model: str, output: Path, device: str, dtype: str, trust: bool, as_json: bool
-) -> None:
-    from lmrepair.patch import Patch, refuse_existing, save_model
-
-    loaded = Patch.load(patch)
-    refuse_existing(output)
-    net = load_net(model, device, dtype_of(dtype, loaded), 0, trust)
-    getattr(loaded, verb)(net)
-    save_model(net, output)
-    data = {"model": net.name, "patch": str(patch), "action": verb, "output": str(output), "neurons": loaded.neurons}
-    done = "applied" if verb == "apply" else "taken back, bit for bit"
-    shown = visible(str(output), None)
-    show_result(data, [f"{done}: {loaded.neurons:,} neurons in {loaded.layers} layers → {shown}"], as_json)
 
 
 def _silent(_: str) -> None:

@@ -35,6 +35,7 @@ from lmrepair.cli.output import (
     progress_bars,
     show_result,
 )
+from lmrepair.cli.patches import Adapter, BaseFile, Engine, Rank, verify_served
 from lmrepair.cli.starting import dtype_of, load_net
 from lmrepair.measure import plain, visible
 
@@ -83,6 +84,10 @@ def verify(
     patch: PatchFile,
     model: Model = None,
     reference: Text = None,
+    engine: Engine = None,
+    base: BaseFile = None,
+    adapter: Adapter = None,
+    rank: Rank = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -90,6 +95,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check on a fresh load that a patch repairs what it says, measure its drift, and take it back."""
+    if engine is not None:
+        verify_served(engine, patch, model, base, adapter, rank, device, dtype, trust, as_json)
     from lmrepair.failures import read_reference
     from lmrepair.measure import verify as check
     from lmrepair.patch import Patch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from lmrepair.cli.output import say
 from lmrepair.measure import visible
 
 if TYPE_CHECKING:
@@ -44,12 +44,9 @@ def load_net(model: str | None, device: str, dtype: str, seed: int, trust: bool)
     torch.manual_seed(seed)
     net = load(model, device=device, dtype=dtype, trust_remote_code=trust)
     if net.source.unread:
-        names = [visible(name, 80) for name in net.source.unread[:3]]
+        shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
         more = ", …" * (len(net.source.unread) > 3)
-        typer.echo(
-            f"not loaded: {len(net.source.unread)} tensors the model has no place for ({', '.join(names)}{more})",
-            err=True,
-        )
+        say(f"not loaded: {len(net.source.unread)} tensors that the model has no place for ({shown}{more})", sys.stderr)
     return net
 
 

@@ -1,4 +1,4 @@
-"""List a model's mistakes, and what they are due to."""
+"""List a model's mistakes, and what they are due to; and see whether a model under repair still lives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.diagnosis.attribution import attributions as attributions, skipped_losses as skipped_losses
+    from lmrepair.diagnosis.drift_probe import Heard as Heard, Probe as Probe, listening as listening
     from lmrepair.diagnosis.mistakes import (
         Diagnosis as Diagnosis,
         Mistake as Mistake,

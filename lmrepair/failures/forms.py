@@ -177,7 +177,7 @@ def _sharegpt(row: Values, where: str) -> Values:
 
 def _turn(turn: Values, where: str) -> dict[str, Any]:
     speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         hint = nearest(str(speaker), ROLES)
         raise FailuresError(f"{where}: from is {speaker!r}; {hint}")
     if not isinstance(text, str):

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from lmrepair.diagnosis import Diagnosis, diagnoses
+from lmrepair.diagnosis import Diagnosis, diagnoses, listening
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, read_reference
 from lmrepair.loop.case import Case
@@ -232,8 +232,9 @@ def _attempt(
         others = wordings.of(case.failures, net.tokenize) if wordings else []
         rows = [*case.tokens, *others, *kept]
         # What is solved is all that is diagnosed: then the first step's reading tells the mistakes as well.
-        first = first_reading(net, method, case.batches, progress) if len(rows) == len(case.tokens) else None
-        preference = first.preference if first else net.prefer(case.batches)
+        with listening(net, case.batches) as heard:
+            first = first_reading(net, method, case.batches, progress) if len(rows) == len(case.tokens) else None
+            preference = first.preference if first else net.prefer(case.batches)
         before = case.diagnose(preference)
         if not any(item.mistakes for item in before):
             return _nothing_to_do(case, method, before, time.perf_counter() - began)
@@ -241,7 +242,7 @@ def _attempt(
         if first is None:
             say_memory(net, method, rows, sites, progress)
         with Trial(net, sites) as trial:
-            solver = Solver(net, method, known, sites, trial, progress)
+            solver = Solver(net, method, known, sites, trial, progress, heard)
             batches = case.batches if rows == [*case.tokens] else net.batches(rows)
             worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
             solver.solve(batches, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
@@ -259,7 +260,9 @@ def _attempt(
                 after, greedy = case.check()
             changes = trial.changes(solver.deltas)
         outcomes = tuple(
-            Outcome(failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes)))
+            Outcome(
+                failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes), solver.stopped)
+            )
             for failure, b, a, same in zip(case.failures, before, after, greedy, strict=True)
         )
         equivalents = seconds / forward_seconds(net, case.batches)
@@ -272,7 +275,7 @@ def _nothing_to_do(case: Case, method: Method, found: list[Diagnosis], seconds: 
     return _Attempt(method, outcomes, {}, Cost(seconds, seconds / forward_seconds(case.net, case.batches), 0.0, 0))
 
 
-def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str:
+def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool, stopped: str = "") -> str:
     if after.mistakes:
         count, total = len(after.mistakes), len(after.tokens.target)
         if not failed:
@@ -280,6 +283,8 @@ def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool) -> str
                 f"right before, but {count} of {total} positions are mistaken with the patch; "
                 "leave it out, or repair the failures --alone"
             )
+        if stopped:
+            return f"{count} of {total} positions are still mistaken; {stopped}"
         spent = f"after {method.epochs} epochs" + (" for each, which were undone" if method.undoes else "")
         return f"{count} of {total} positions are still mistaken {spent}; {method.advice}"
     return "" if greedy else "preferred at every position, but greedy decoding gives another text; try a larger margin"

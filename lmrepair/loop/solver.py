@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmrepair.diagnosis import Diagnosis, diagnoses
+from lmrepair.diagnosis import Diagnosis, Heard, Probe, diagnoses, listening
 from lmrepair.errors import UsageError
 from lmrepair.failures import Tokens, Wordings
 from lmrepair.methods import Method, Problem
 from lmrepair.methods.maths import Bases
 from lmrepair.model import (
     Batch,
+    Delta,
     Metric,
     Net,
     Preference,
@@ -31,6 +32,7 @@ from lmrepair.model import (
 
 WORTH_SAYING = 1 << 28  # bytes of memory
 PREFIX = 12  # tokens of a text that is put before a prompt
+SCREEN = 0.25  # share of the bound on the probe's KL that prompts' own states may reach before the probe is read
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Known:
     @staticmethod
     def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> Known:
         bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
+        if method.steers:
+            _ = bases.exact  # once for all failures, and in no failure's time
         asked, began = method.asks(), time.perf_counter()
         if asked is None:
             return Known(bases, None, 0.0)
@@ -67,15 +71,28 @@ def drawn_wordings(net: Net, paraphrases: bool, prefixes: int, seed: int = 0) ->
 class Solver:
     """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
 
-    def __init__(self, net: Net, method: Method, known: Known, sites: Sites, trial: Trial, progress: Progress) -> None:
+    def __init__(
+        self,
+        net: Net,
+        method: Method,
+        known: Known,
+        sites: Sites,
+        trial: Trial,
+        progress: Progress,
+        heard: Mapping[Tokens, Tensor] | None = None,
+    ) -> None:
+        """``heard``: states of the failures' prompts in the net as it is, as ``listening`` keeps them."""
         self.net, self.method, self.known, self.sites = net, method, known, sites
-        self.trial, self.progress = trial, progress
+        self.trial, self.progress, self.heard = trial, progress, heard or {}
         # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
-        self.deltas: Mapping[int, Tensor] = {
-            layer: torch.full((len(columns), net.hidden), -0.0, device=net.device)
-            for layer, columns in sites.columns.items()
+        nothing = torch.full((1, 1), -0.0, device=net.device)
+        self.deltas: Mapping[int, Delta] = {
+            layer: nothing.expand(len(columns), net.hidden) for layer, columns in sites.columns.items()
         }
+        self.start = self.deltas
         self.steps = 0
+        self.stopped = ""  # why the steps were stopped, if they were destroying the model
+        self._probe: Probe | None = None
         self.converged = False  # whether the last problem ended because nothing was left to do
         self.preferred: Preference | None = None  # in the batches of the last solve; None where that was not read
 
@@ -94,7 +111,7 @@ class Solver:
             start = self.deltas
             for number, item in enumerate(found):
                 self.progress("failures", number, len(found))
-                if item.mistakes:
+                if item.mistakes and not self.stopped:
                     work(item.tokens)
             self.preferred = self.net.prefer(batches)
             found = diagnoses(batches, self.preferred, self.method.margin)
@@ -104,10 +121,15 @@ class Solver:
             self.converged = self.method.early and right == len(found)
             if self.converged:
                 return
-            if self.deltas is start:  # another round would do the same again
+            if self.stopped or self.deltas is start:  # another round would do the same again
                 break
-        self.deltas, self.preferred = kept, preferred
-        self.trial.write(kept)
+        self._move(kept)
+        self.preferred = preferred
+
+    def _move(self, deltas: Mapping[int, Delta]) -> None:
+        """Write what is another change than before."""
+        self.trial.write({layer: delta for layer, delta in deltas.items() if delta is not self.deltas.get(layer)})
+        self.deltas = deltas
 
     def _one(self, tokens: Tokens) -> None:
         self._run(self.net.batches([tokens]))
@@ -116,7 +138,7 @@ class Solver:
         """One mistake after another, in the order of the target."""
         batches = self.net.batches([tokens])
         position, memory = 0, None
-        while position < len(tokens.target):
+        while position < len(tokens.target) and not self.stopped:
             (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
             ahead = [mistake.position for mistake in found.mistakes if mistake.position >= position]
             if not ahead:
@@ -141,13 +163,19 @@ class Solver:
         start = self.deltas
         best, kept, memory = -1, start, earlier
         preferred: Preference | None = None  # with ``kept``
+        untouched = {tokens: self.heard[tokens] for batch in batches for tokens in batch.tokens if tokens in self.heard}
+        heard = Heard.of(self.net, untouched) if method.max_probe_kl < float("inf") else None
+        safe = start  # the last state that was looked at
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
             if first is None:
-                reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
+                with listening(self.net, batches) as now:
+                    reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
+                if step and self._ruined(heard, now, safe):
+                    break
             else:
                 reading, first = first, None
-            self.preferred = reading.preference
+            self.preferred, safe = reading.preference, self.deltas
             if several:
                 right = _right(batches, reading.preference)
                 if right > best:
@@ -157,23 +185,58 @@ class Solver:
                 return memory
             problem = Problem(
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
-                self.deltas, self.known.bases, step, memory, self.known.metric,
+                self.deltas, self.known.bases, step, memory, self.known.metric, self._moved,
             )  # fmt: skip
             answer = method.solve(problem)
-            self.deltas, memory = answer.deltas, answer.memory
-            self.trial.write(self.deltas)
+            memory = answer.memory
+            self._move(answer.deltas)
             self.steps, self.preferred = self.steps + 1, None
+        else:
+            with listening(self.net, batches) as now:
+                self.preferred = self.net.prefer(batches)
+            self._ruined(heard, now, safe)
         if not several and not method.undoes:
             return memory
-        now = self.preferred = self.net.prefer(batches)
+        last = self.preferred = self.now(batches)
         if method.undoes:
-            kept, preferred, worse = start, None, not now.holds(focus, method.margin)
+            kept, preferred, worse = start, None, not last.holds(focus, method.margin)
         else:
-            worse = _right(batches, now) < best
+            worse = _right(batches, last) < best
         if worse:
-            self.deltas, self.preferred = kept, preferred
-            self.trial.write(kept)
+            self._move(kept)
+            self.preferred = preferred
         return earlier if worse and method.undoes else memory
+
+    def _moved(self, deltas: Mapping[int, Delta]) -> float:
+        """KL on the probe with a whole change, which stays written."""
+        if self._probe is None:
+            self.trial.write(self.start)
+            self._probe = Probe.of(self.net)
+        self.trial.write(deltas)
+        return self._probe.kl()
+
+    def _ruined(self, heard: Heard | None, now: Mapping[Tokens, Tensor], safe: Mapping[int, Delta]) -> bool:
+        """Whether the model is being destroyed; then the change is the last ``safe`` one again.
+
+        Where the failures' own prompts say hardly anything else than before, the probe is not read.
+        """
+        most = self.method.max_probe_kl
+        if most == float("inf"):
+            return False
+        own = heard.kl(self.net, now) if heard is not None else None
+        if own is not None and own <= SCREEN * most:
+            return False
+        kl = self._moved(self.deltas)
+        if kl <= most:
+            return False
+        self.stopped = (
+            f"stopped at step {self.steps}, which was undone: it destroys the model (KL {kl:.3g} nats per token on "
+            f"a few positions of reference text, at most {most:g} allowed); "
+            "try smaller steps, or allow more (max_probe_kl)"
+        )
+        self.deltas, self.preferred, self.converged = safe, None, False
+        self.trial.write(safe)
+        return True
 
 
 def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from lmrepair.measure import Drift, Edit, compare, refuse_namesakes, text_batche
 from lmrepair.model import WINDOW, Batch, Head, Net, settled, windows
 
 STAGES = (16, 48, 128, WINDOW)  # how many tokens of each text are read by then; after the last, all that is measured
-ERRORS, LARGEST = 4.0, 8.0  # how far the mean may be off: standard errors, and shares of the largest value
+ERRORS, LARGEST = 4.0, 4.0  # how far a mean may be off: standard errors, and positions as large as the largest seen
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,22 @@ def read_fully(drift: str) -> bool:
 
 def decided(kls: Sequence[Tensor], limit: float) -> bool:
     """Whether all kinds are known to be within the limit, or one to be beyond it (or no number)."""
-    found = [bounds(kl) for kl in kls]
+    largest = max((float(kl.max()) for kl in kls if len(kl)), default=0.0)
+    found = [bounds(kl, largest) for kl in kls]
     return all(high <= limit for _, high in found) or any(not low <= limit for low, _ in found)
 
 
-def bounds(kl: Tensor) -> tuple[float, float]:
-    """Between what the mean KL over a whole text is taken to lie, from its values [n] at some positions.
+def bounds(kl: Tensor, largest: float) -> tuple[float, float]:
+    """Between what the mean KL over a kind of text is taken to lie, from its values [n] at some positions.
 
-    mean ± (ERRORS·s/√n + LARGEST·max/n): a normal bound, and room for eight positions yet unseen that are as
-    large as the largest. NaN where the mean is.
+    mean ± (ERRORS·s/√n + LARGEST·largest/n): a normal bound, and room for four positions yet unseen that are as
+    large as the ``largest`` of all kinds. NaN where the mean is; no bound where nothing was read.
     """
     if not len(kl):
         return 0.0, math.inf
     mean = float(kl.mean())
     spread = float(kl.std(correction=1)) if len(kl) > 1 else mean
-    off = ERRORS * spread / math.sqrt(len(kl)) + LARGEST * float(kl.max()) / len(kl)
+    off = ERRORS * spread / math.sqrt(len(kl)) + LARGEST * largest / len(kl)
     return mean - off, mean + off
 
 

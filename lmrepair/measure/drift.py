@@ -153,8 +153,8 @@ class _Base:
     def compare(self, logits: Tensor) -> Tensor:
         """[n, 4]: KL, agreement, the wanted token's cross-entropy before and after.
 
-        Σ p (log p − log q) is summed as Σ q − p − p t with t = log q − log p, where q − p is p (eᵗ − 1) for small t:
-        all terms are positive, so that a small divergence is not lost among large terms that cancel.
+        Σ p (log p − log q) is summed as Σ q − p − p t with t = log q − log p, where q − p is p (eᵗ − 1) for
+        small t: all terms are positive, so that a small divergence is not lost among large terms that cancel.
         """
         parts = []
         for rows in _few_rows(logits):

@@ -7,8 +7,8 @@ its options, and ``--help`` must not wait for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.failures import Tokens
-    from lmrepair.methods.maths import Bases
-    from lmrepair.model import Asked, Batch, Metric, Net, Preference, Reading, Sites
+    from lmrepair.methods.maths import Bases, Way
+
+    Lead = tuple[Callable[[float], Mapping[int, Tensor]], float]
+    from lmrepair.model import Asked, Batch, Delta, Metric, Net, Preference, Reading, Sites
 
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
@@ -29,10 +31,12 @@ MODES = ("iterative", "batch", "multi-failure")
 class Problem:
     """One step's input: the failures as read now, where to write, and the change so far.
 
-    ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change
-    since the start, layer → [k, d]; ``step`` counts from 0; ``memory`` is what the last step left (at step 0,
-    what the mistake before left, where mistakes of one failure follow each other); ``metric`` is made from
-    the statistics the method asks for.
+    ``focus`` [N] (bool) marks the target positions the step is about. ``deltas`` is the whole change since
+    the start, layer → [k, d], in the form that the method answers in (at first a tensor); ``step`` counts
+    from 0; ``memory`` is what the last step left (at step 0, what the mistake before left, where mistakes of
+    one failure follow each other); ``metric`` is made from the statistics the method asks for. ``probe`` says
+    how far a whole change moves the model: mean KL(before ‖ after), nats per token, on a few positions of
+    reference text; it writes the change to the trial.
     """
 
     net: Net
@@ -40,18 +44,19 @@ class Problem:
     sites: Sites
     reading: Reading
     focus: Tensor
-    deltas: Mapping[int, Tensor]
+    deltas: Mapping[int, Any]
     bases: Bases
     step: int
     memory: Any = None
     metric: Metric | None = None
+    probe: Callable[[Mapping[int, Tensor]], float] | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A method's answer: the whole change from now on, layer → [k, d] float32, and what to remember."""
+    """A method's answer: the whole change from now on, layer → [k, d] float32 or factors, and what to remember."""
 
-    deltas: Mapping[int, Tensor]
+    deltas: Mapping[int, Delta]
     memory: Any = None
 
 
@@ -70,6 +75,7 @@ class Method(ABC):
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     undoes: ClassVar[bool] = False  # whether a problem that is not solved after ``epochs`` steps is left as it was
+    steers: ClassVar[bool] = False  # whether it reads semantic bases
     advice: ClassVar[str] = "try more epochs, a larger share or learning rate, or repair it --alone"
 
     epochs: int = setting(10, "most steps for one problem", positive=True)
@@ -77,6 +83,9 @@ class Method(ABC):
     early: bool = setting(True, "stop as soon as every position is preferred")
     margin: float = setting(0.0, "by how many logits a position must be preferred to count as done")
     mode: str = setting("multi-failure", "what one problem holds", MODES)
+    max_probe_kl: float = setting(
+        1.0, "nats per token on a few positions beyond which a model is being destroyed: stop, undo; inf: never"
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -89,20 +98,19 @@ class Method(ABC):
                 )
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"margin is {self.margin}; expected a number of logits, 0 or more")
+        if not self.max_probe_kl > 0:
+            raise UsageError(
+                f"max_probe_kl is {self.max_probe_kl}; expected nats per token above 0, or inf for no limit"
+            )
 
     def asks(self) -> Asked | None:
         """The statistics of reference text this method needs; most need none."""
         return None
 
     def read(
-        self,
-        net: Net,
-        batches: Sequence[Batch],
-        sites: Sites,
-        focus: Tensor | None,
-        margin: float | None,
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None,
         memory: Any = None,  # noqa: ARG002
-    ) -> Reading:
+    ) -> Reading:  # fmt: skip
         """What a step is solved from; a method that needs no gradient, or another one, reads in its own way.
 
         ``margin`` is None where all steps are to be made; else the reading says whether every position in
@@ -150,6 +158,62 @@ class Targeted(Method):
         return fixed_sites(net, Targeting(self.layers, self.pattern, self.share))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preferring(Method):
+    """A method whose steps are made from what is preferred now and nothing else: it takes gradients when it solves."""
+
+    def read(
+        self, net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor | None, margin: float | None,  # noqa: ARG002
+        memory: Any = None,  # noqa: ARG002
+    ) -> Reading:  # fmt: skip
+        from lmrepair.model import Reading
+
+        preference = net.prefer(batches)
+        return Reading(preference, margin is not None and preference.holds(focus, margin))
+
+
+@dataclass(frozen=True)
+class Paces:
+    """What steps of no fixed size leave: the size of each layer's weights, and the last step's way."""
+
+    units: Mapping[int, float]
+    way: Way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paced(Targeted):
+    """A method whose steps have a direction, and a size that is found by what they do or given.
+
+    With a ``learning_rate`` of 0 a step is as long as the loss is to fall by its slope, and shorter where that would
+    move the model by more than ``stride`` on the probe: ``maths/optimiser.py``.
+    """
+
+    learning_rate: float = setting(0.0, "fixed size of a step; 0: found by what the step does to loss and probe")
+    stride: float = setting(0.01, "nats per token that a step of no fixed size may add on the probe", positive=True)
+    descent: float = setting(0.5, "share of the loss that a step of no fixed size is to take away", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.learning_rate < float("inf"):
+            raise UsageError(f"learning_rate is {self.learning_rate}; expected a number above 0, or 0 to have it found")
+
+    def paced(self, problem: Problem, known: Paces | None, lead: Callable[[Mapping[int, float]], Lead]) -> Paces:
+        """One more step of no fixed size; the last one again, shorter, if the loss has risen since.
+
+        ``lead`` says which way to go: from the sizes of the layers' weights to the change at a length along it, and
+        how fast the loss falls.
+        """
+        from lmrepair.methods.maths import Way, again, go, units
+
+        loss, probe = float(problem.reading.preference.loss[problem.focus].mean()), probe_of(problem)
+        if known is not None and not loss <= known.way.loss:
+            return replace(known, way=again(known.way, probe, self.stride))
+        sizes = known.units if known is not None else units(problem.net, problem.sites)
+        at, slope = lead(sizes)
+        kl = known.way.reached if known is not None else probe(problem.deltas)
+        return Paces(sizes, go(Way(at, slope, loss, kl), probe, self.descent, self.stride))
+
+
 def margin_needs_early(method: Method) -> None:
     """Refuse a margin that no step would look at. Raises UsageError."""
     if method.margin and not method.early:
@@ -166,9 +230,8 @@ def metric_of(problem: Problem) -> Metric:
     return problem.metric
 
 
-def read_preference(net: Net, batches: Sequence[Batch], focus: Tensor | None, margin: float | None) -> Reading:
-    """A reading of what is preferred now and nothing else, for methods that take gradients when they solve."""
-    from lmrepair.model import Reading
-
-    preference = net.prefer(batches)
-    return Reading(preference, margin is not None and preference.holds(focus, margin))
+def probe_of(problem: Problem) -> Callable[[Mapping[int, Tensor]], float]:
+    """The probe of a problem whose steps are measured. Raises UsageError where there is none."""
+    if problem.probe is None:
+        raise UsageError("a step of no fixed size needs a probe; repair() makes one, or set a learning_rate")
+    return problem.probe

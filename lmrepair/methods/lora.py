@@ -9,15 +9,17 @@ gradient exactly). So nothing is ever injected into the model, and nothing has t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import Problem, Step, Targeted, margin_needs_early, setting
+from lmrepair.methods.base import Paced, Paces, Problem, Step, margin_needs_early, setting
 from lmrepair.methods.maths import Moments, adam
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lmrepair.methods.base import Lead
 
 ADAPTER = "repair"
 
@@ -26,17 +28,38 @@ ADAPTER = "repair"
 class _Memory:
     """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them.
 
-    What the stand-in itself holds does not count: values are loaded into it before each use.
+    What the stand-in itself holds does not count: values are loaded into it before each use. Where a step's size
+    was found, ``values`` are those at its start, ``moves`` its way, and ``paces`` says how far it went.
     """
 
     stand_in: Any
     values: Mapping[str, Tensor]
     moments: Moments | None
     before: Mapping[int, Tensor]
+    moves: Mapping[str, Tensor] | None = None
+    paces: Paces | None = None
+
+    @property
+    def now(self) -> Mapping[str, Tensor]:
+        if self.moves is None or self.paces is None:
+            return self.values
+        return _moved(self.values, self.moves, self.paces.way.length)
+
+    def change(self, values: Mapping[str, Tensor], sizes: Mapping[int, float] | None) -> dict[int, Tensor]:
+        """The whole change with these values, in units of the layers' ``sizes`` if there are any."""
+        import torch
+
+        with torch.no_grad():
+            _load(_trained(self.stand_in), values)
+            made = _deltas(self.stand_in)
+            return {
+                layer: self.before[layer] + (delta if sizes is None else sizes[layer] * delta)
+                for layer, delta in made.items()
+            }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(Targeted):
+class Lora(Paced):
     """Low-rank adaptation (arXiv 2106.09685): W + B·A with B [d, rank], A [rank, neurons], by Adam.
 
     Needs the extra ``lora``; ``solve`` raises UsageError without it.
@@ -45,7 +68,6 @@ class Lora(Targeted):
     name: ClassVar[str] = "lora"
 
     rank: int = setting(8, "rank of each layer's change", positive=True)
-    learning_rate: float = setting(2e-3, "share of the prior (or the gradient) that one step takes", positive=True)
     epochs: int = setting(60, "most steps for one problem", positive=True)
     seed: int = setting(0, "seed of random candidates (MINT) or adapters (LoRA)")
 
@@ -54,28 +76,45 @@ class Lora(Targeted):
         margin_needs_early(self)
 
     def solve(self, problem: Problem) -> Step:
-        import torch
-
         memory: _Memory = problem.memory if problem.step else self._start(problem)
-        adapters = memory.stand_in
-        parameters = _trained(adapters)
-        with torch.enable_grad():
-            _load(parameters, memory.values)
-            made = _deltas(adapters)
-            slopes = [problem.reading.gradients[layer] for layer in made]
-            found = torch.autograd.grad(list(made.values()), list(parameters.values()), slopes)
-        gradients = dict(zip(parameters, found, strict=True))
-        moves, moments = adam(gradients, memory.moments, self.learning_rate)
-        values = {name: memory.values[name] + move for name, move in moves.items()}
-        with torch.no_grad():
-            _load(parameters, values)
-            deltas = {layer: memory.before[layer] + delta for layer, delta in _deltas(adapters).items()}
-        return Step(deltas, _Memory(adapters, values, moments, memory.before))
+        if self.learning_rate:
+            moves, moments = adam(_gradients(problem, memory, None), memory.moments, self.learning_rate)
+            after = replace(memory, values=_moved(memory.values, moves, 1.0), moments=moments)
+            return Step(after.change(after.values, None), after)
+
+        def lead(sizes: Mapping[int, float]) -> Lead:
+            nonlocal memory
+            gradients = _gradients(problem, memory, sizes)
+            moves, moments = adam(gradients, memory.moments, 1.0)
+            start = memory = replace(memory, values=memory.now, moves=moves, moments=moments, paces=None)
+            fall = -sum(float((gradients[name] * move).sum()) for name, move in moves.items())
+            return lambda length: start.change(_moved(start.values, moves, length), sizes), fall
+
+        paces = self.paced(problem, memory.paces, lead)
+        memory = replace(memory, paces=paces)
+        return Step(paces.way.end, memory)
 
     def _start(self, problem: Problem) -> _Memory:
         adapters = _adapters(problem, self.rank, self.seed)
         values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
         return _Memory(adapters, values, None, problem.deltas)
+
+
+def _gradients(problem: Problem, memory: _Memory, sizes: Mapping[int, float] | None) -> dict[str, Tensor]:
+    """Of the loss by the adapters' values: the chain rule through PEFT's delta weight."""
+    import torch
+
+    parameters = _trained(memory.stand_in)
+    with torch.enable_grad():
+        _load(parameters, memory.now)
+        made = _deltas(memory.stand_in)
+        slopes = [problem.reading.gradients[layer] * (1.0 if sizes is None else sizes[layer]) for layer in made]
+        found = torch.autograd.grad(list(made.values()), list(parameters.values()), slopes)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _moved(values: Mapping[str, Tensor], moves: Mapping[str, Tensor], length: float) -> dict[str, Tensor]:
+    return {name: value + length * moves[name] for name, value in values.items()}
 
 
 def _trained(adapters: Any) -> dict[str, Tensor]:

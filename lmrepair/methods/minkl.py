@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lmrepair.errors import UsageError
 from lmrepair.methods.base import MOMENTS, Problem, Step, Targeted, metric_of, setting
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.failures import Tokens
-    from lmrepair.methods.maths import Factors, Margins, Tail
-    from lmrepair.model import Asked, Batch, Inverse, Net, Preference, Sites
+    from lmrepair.methods.maths import Factors, Linearised, Margins, Tail, Used
+    from lmrepair.model import Asked, Batch, Delta, Net, Preference, Sites
 
     _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
 
-AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
-CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
-PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
-STAY = 0.5  # share of its margin that a position keeps that was right
+WIDEN = 6  # steps after which directions that have not been enough get others beside them
+SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +33,12 @@ class MinKl(Targeted):
 
     Each step linearises the open margins exactly (one graph, a right-hand side for each), and solves
     for the deltas of least expected KL on reference text that close them; positions that become wrong
-    enter the next step.
+    enter the next step. The first solve says which directions of which layers are worth most; it is made
+    again for those alone, and all later steps stay among them.
     """
 
     name: ClassVar[str] = "minkl"
+    advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
@@ -46,12 +46,14 @@ class MinKl(Targeted):
     outputs: str = setting("auto", "how the Fisher of the FFN outputs is kept", MOMENTS)
     samples: int = setting(2048, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
+    rank: int = setting(16, "most rank a layer of the change, for each failure; 0: no limit")
     neurons: int = setting(0, "most neurons a layer to write to, those that move most; 0: no limit")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neurons < 0:
-            raise UsageError(f"neurons is {self.neurons}; expected 0 (no limit) or more")
+        for name in ("rank", "neurons"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 (no limit) or more")
 
     def asks(self) -> Asked:
         from lmrepair.model import Asked
@@ -65,13 +67,23 @@ class MinKl(Targeted):
         sites: Sites,
         focus: Tensor | None,
         margin: float | None,
-        memory: _State | None = None,
+        memory: Linearised | None = None,
     ) -> Margins:
         from lmrepair.methods.maths import read_margins
 
-        if margin is None or memory is None:
-            return read_margins(net, batches, sites, focus, margin, self._first if margin is not None else None)
-        return read_margins(net, batches, sites, focus, margin, memory.open)
+        alone = sum(len(batch.tokens) for batch in batches) == 1
+        # The last layer's steps are made behind it, where the best rival is always the present one.
+        rivals = alone and sites.layers != (net.layers - 1,)
+        if margin is not None and memory is not None:
+            return read_margins(net, batches, memory.among(sites), focus, margin, memory.open, rivals)
+        choose = None if margin is None else self._mistakes if rivals and not self._asked else self._first
+        return read_margins(net, batches, sites, focus, margin, choose, rivals)
+
+    @staticmethod
+    def _mistakes(_: Batch, preference: Preference, __: slice) -> tuple[Tensor, Tensor]:
+        """Of a failure alone, what is right is looked at again after the step."""
+        wrong = ~(preference.gap < 0)
+        return wrong, wrong
 
     def _first(self, _: Batch, preference: Preference, __: slice) -> tuple[Tensor, Tensor]:
         """Mistakes are open; positions preferred by less than the margin are read with them, to keep what they have."""
@@ -92,199 +104,127 @@ class MinKl(Targeted):
         return 12 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
 
     def solve(self, problem: Problem) -> Step:
-        state: _State = problem.memory if problem.step else _State.of(problem).aimed(problem, self.margin, self._asked)
+        state: Linearised = problem.memory if problem.step else self._start(problem)
         reading: Margins = problem.reading  # type: ignore[assignment]
-        start = _agreed(reading)
+        start = _agreed(reading) if len(problem.sites.layers) == 1 else None
         if reading.tail is not None and start is not None:
             return self._last_layer(problem, state, reading.tail, start)
         if reading.factors:
             state = state.linearised(reading.factors)
         keep = KEEP if 0 < problem.step <= KEPT and reading.factors and len(state.items) > 1 else 1.0
-        changes = self._changes(problem, state, keep)
-        if self.neurons and not problem.step:
-            chosen = {layer: _top(change, self.neurons) for layer, change in changes.items()}
-            state = _State.of(problem, chosen).aimed(problem, self.margin, self._asked).linearised(reading.factors)
-            changes = self._changes(problem, state, keep)
-        deltas = {
-            layer: (delta if keep == 1 else keep * delta).index_add(
-                0, state.places[layer].to(delta.device), changes[layer]
-            )
-            for layer, delta in problem.deltas.items()
-        }
-        return Step(deltas, replace(state, short=float(state.rise(problem).max()), steps=state.steps + 1))
+        weights = _weights(problem, state, keep)
+        if not state.spans:
+            chosen = self._chosen(problem, state, reading.factors, weights)
+            if chosen is not None:
+                state = chosen.linearised(reading.factors)
+                weights = _weights(problem, state, keep)
+        state, deltas = _moved(problem, state, state.changes(weights), keep)
+        short = float(state.rise(reading.preference.gap).max())
+        state = replace(state, short=short, steps=state.steps + 1)
+        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
 
-    def _last_layer(self, problem: Problem, state: _State, tail: Tail, start: _Leaning) -> Step:
+    def _start(self, problem: Problem) -> Linearised:
+        from lmrepair.methods.maths import Linearised
+
+        state = Linearised.of(metric_of(problem), problem.sites.columns)
+        if self.rank and self.mode == "multi-failure":  # another solve of the same failures stays in its directions
+            state = state.resumed(problem.deltas)
+        return self._aimed(problem, state)
+
+    def _aimed(self, problem: Problem, state: Linearised) -> Linearised:
+        return state.aimed(problem.reading.preference.gap, self.margin, self._asked)
+
+    def _chosen(
+        self, problem: Problem, state: Linearised, factors: Sequence[Factors], weights: Tensor
+    ) -> Linearised | None:
+        """Where the first solve is made again, with fewer neurons or directions; None: nowhere else."""
+        if self.neurons:
+            return None if problem.step else self._fewer(problem, state.changes(weights))
+        rank, room = self._limits(problem)
+        return state.spanned(state.used(factors, weights), problem.deltas, rank, room) if rank else None
+
+    def _fewer(self, problem: Problem, changes: Mapping[int, Tensor]) -> Linearised:
+        """With the neurons that move most."""
+        from lmrepair.methods.maths import Linearised
+
+        places = {layer: _top(change, self.neurons) for layer, change in changes.items()}
+        return self._aimed(problem, Linearised.of(metric_of(problem), problem.sites.columns, places))
+
+    def _limits(self, problem: Problem) -> tuple[int, int]:
+        """Most rank a layer, and most numbers in the factors of all; no rank where factors would not be smaller."""
+        net = problem.net
+        failures = sum(len(batch.tokens) for batch in problem.batches)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
+        rank = self.rank * failures
+        whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
+        return rank if rank < whole / 2 else 0, int(SHARED * size / 2) * failures
+
+    def _last_layer(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Step:
         """All steps at once for the last layer, without running the model."""
         (layer,) = problem.sites.layers
-        before = problem.deltas[layer]
-        change = self._through_tail(problem, state, tail, start)
-        if self.neurons and not problem.step:
-            state = _State.of(problem, {layer: _top(change, self.neurons)}).aimed(problem, self.margin, self._asked)
-            change = self._through_tail(problem, state, tail, start)
-        return Step({layer: before.index_add(0, state.places[layer].to(change.device), change)}, state)
+        used = self._through_tail(problem, state, tail, start)
+        if not state.spans:
+            rank, room = self._limits(problem)
+            chosen = None
+            if self.neurons:
+                chosen = None if problem.step else self._fewer(problem, {layer: used.near.T @ used.white})
+            elif rank and bool(used.white.any()):
+                chosen = state.spanned({layer: used}, problem.deltas, rank, room)
+            if chosen is not None:
+                state, used = chosen, self._through_tail(problem, chosen, tail, start)
+        state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
+        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
 
-    def _through_tail(self, problem: Problem, state: _State, tail: Tail, start: _Leaning) -> Tensor:
-        """The change [k, d] of the neurons that leaves no margin open, from what is read without it."""
+    def _through_tail(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Used:
+        """The change of the last layer that leaves no margin open, from what is read without it."""
         import torch
 
-        from lmrepair.methods.maths import weights_for
+        from lmrepair.methods.maths import Used, weights_for
 
         (layer,) = problem.sites.layers
-        z = tail.inputs[:, state.places[layer].to(tail.inputs.device)]
-        near = state.inputs[layer].apply(z)
-        change = torch.zeros(z.shape[1], tail.states.shape[1], device=z.device)
+        z = state.seen(layer, tail.inputs)
+        near = state.near(layer, z)
+        seen = z @ near.T
+        mixed = torch.zeros_like(tail.states, dtype=torch.float32)
+        white = torch.zeros_like(mixed)
         for step in range(self.epochs):
-            preference, slopes = tail.read(z @ change) if step else start
+            preference, slopes = tail.read(seen @ white) if step else start
             missing = (state.aims + preference.gap).double()
             if not bool((problem.focus & ~(preference.gap < -state.floors)).any()):
                 break
             rows = (problem.focus & (missing > 0)).nonzero().squeeze(1)
-            across = state.outputs[layer].apply(slopes[rows])
-            system = ((z[rows] @ near[rows].T) * (slopes[rows] @ across.T)).double()
-            weights = weights_for((system + system.T) / 2, missing[rows])
-            change = change + near[rows].T @ (weights[:, None] * across)
-        return change
-
-    def _changes(self, problem: Problem, state: _State, keep: float) -> dict[int, Tensor]:
-        """Layer → what is to be added [k, d] to ``keep`` of the change so far."""
-        import torch
-
-        from lmrepair.methods.maths import weights_for
-
-        rise = state.rise(problem)
-        if keep < 1:
-            rise = rise + (1 - keep) * state.raised_by(problem)
-        weights = weights_for(state.system, rise)
-        changes: dict[int, Tensor] = {}
-        for layer in problem.sites.layers:
-            for weight, item in zip(weights.split([len(item.rows) for item in state.items]), state.items, strict=True):
-                mixed = torch.einsum("s,std->td", weight, item.slopes[layer])
-                part = item.inputs[layer].T @ mixed
-                changes[layer] = changes[layer] + part if layer in changes else part
-        return changes
+            across = state.metric.outputs[layer].apply(slopes[rows])
+            system = (seen[rows][:, rows] * (slopes[rows] @ across.T)).double()
+            weights = weights_for((system + system.T) / 2, missing[rows])[:, None]
+            mixed, white = mixed.index_add(0, rows, weights * slopes[rows]), white.index_add(0, rows, weights * across)
+        return Used(near, seen, mixed, white)
 
 
-@dataclass(frozen=True)
-class _State:
-    """What the steps of one problem share.
+def _weights(problem: Problem, state: Linearised, keep: float) -> Tensor:
+    """The weights [n] of what is to be added to ``keep`` of the change so far."""
+    from lmrepair.methods.maths import weights_for
 
-    ``places``: layer → which of the sites' neurons are written to; ``inputs``, ``outputs``: the metric there.
-    Margins [N]: those below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened
-    gradients of each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and
-    ``short`` by how much the last step, number ``steps``, was to raise the margin that lacked most.
-    """
+    rise = state.rise(problem.reading.preference.gap)
+    if keep < 1:
+        rise = rise + (1 - keep) * state.raised_by(problem.deltas)
+    return weights_for(state.system, rise)
 
-    places: Mapping[int, Tensor]
-    inputs: Mapping[int, Inverse]
-    outputs: Mapping[int, Inverse]
-    aims: Any = None
-    floors: Any = None
-    items: tuple[Factors, ...] = ()
-    system: Any = None
-    short: float = 0.0
-    steps: int = 0
 
-    @staticmethod
-    def of(problem: Problem, places: Mapping[int, Tensor] | None = None) -> _State:
-        import torch
+def _moved(
+    problem: Problem, state: Linearised, changes: Mapping[int, Tensor], keep: float
+) -> tuple[Linearised, dict[int, Delta]]:
+    """The state after a step and layer → the whole change; layers that are not written to keep what they have."""
+    from lmrepair.model import Product
 
-        metric, columns = metric_of(problem), problem.sites.columns
-        chosen = places or {layer: torch.arange(len(columns[layer])) for layer in columns}
-        inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
-        return _State(chosen, inverses, metric.outputs)
-
-    def aimed(self, problem: Problem, margin: float, asked: float) -> _State:
-        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
-        gap = problem.reading.preference.gap
-        aim = AIM * margin + SPARE
-        right = gap < -asked
-        aims = (-gap).clamp(max=aim).where(right, aim)
-        return replace(self, aims=aims, floors=(aims * STAY).where(right, margin).clamp(max=margin))
-
-    @property
-    def rows(self) -> Tensor:
-        """The positions whose margins are linearised, [n]."""
-        import torch
-
-        return torch.cat([item.rows for item in self.items])
-
-    def rise(self, problem: Problem) -> Tensor:
-        """By how much the linearised margins are to rise, [n]; negative where there is room."""
-        missing: Tensor = self.aims + problem.reading.preference.gap
-        return missing[self.rows].double()
-
-    def raised_by(self, problem: Problem) -> Tensor:
-        """By how much the change so far raises the linearised margins, [n]."""
-        import torch
-
-        metric, found = metric_of(problem), []
-        through = {
-            layer: metric.through(layer, problem.sites.columns[layer].cpu()[places], problem.deltas[layer][places])
-            for layer, places in self.places.items()
-        }
-        for item in self.items:
-            parts = [
-                torch.einsum("std,td->s", g, item.inputs[layer] @ through[layer]) for layer, g in item.slopes.items()
-            ]
-            found.append(torch.stack(parts).double().sum(dim=0))
-        return torch.cat(found)
-
-    def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
-        """Which positions are open now, and of which gradients are read anew.
-
-        That is: of failures with open positions, unless little is missing where it was read before, all
-        that are below their aims, so that none is lost again; of a failure alone, at first, the open ones.
-        """
-        import torch
-
-        opened = ~(preference.gap < -self.floors[part])
-        near = ~(preference.gap < -self.aims[part])
-        known = torch.zeros(len(self.floors), dtype=torch.bool, device=opened.device)
-        if self.items:
-            known[self.rows] = True
-        missing = self.aims[part] + preference.gap
-        stale = opened & ~(known[part] & (missing < CLOSE * self.short))
-        failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
-        failures[batch.owner[stale]] = True
-        few = len(self.items) == 1 and self.steps <= PATIENCE
-        return opened, (opened if few else near) & failures[batch.owner]
-
-    def linearised(self, factors: Sequence[Factors]) -> _State:
-        """With some failures read anew: their gradients take the place of the old ones, in the system too."""
-        import torch
-
-        from lmrepair.methods.maths import gram, kernel
-
-        fresh = [self.restrict(item) for item in factors]
-        white = [self.whiten(item) for item in fresh]
-        again = {item.first for item in factors}
-        kept = [item for item in self.items if item.first not in again]
-        corner = gram(fresh, white)
-        if not kept:
-            return replace(self, items=tuple(white), system=corner)
-        side = kernel(kept, fresh)
-        stays = torch.cat(
-            [torch.full_like(item.rows, item.first not in again, dtype=torch.bool) for item in self.items]
-        )
-        old = self.system[stays][:, stays]
-        return replace(
-            self, items=(*kept, *white), system=torch.cat([torch.cat([old, side], 1), torch.cat([side.T, corner], 1)])
-        )
-
-    def restrict(self, item: Factors) -> Factors:
-        inputs = {
-            layer: z if len(self.places[layer]) == z.shape[1] else z[:, self.places[layer].to(z.device)]
-            for layer, z in item.inputs.items()
-        }
-        return replace(item, inputs=inputs)
-
-    def whiten(self, item: Factors) -> Factors:
-        """z C⁻¹ and g F⁻¹."""
-        return replace(
-            item,
-            inputs={layer: self.inputs[layer].apply(z) for layer, z in item.inputs.items()},
-            slopes={layer: self.outputs[layer].apply(g) for layer, g in item.slopes.items()},
-        )
+    if state.spans:
+        state = state.moved(changes, keep)
+        return state, {**problem.deltas, **state.deltas()}
+    deltas: dict[int, Delta] = {}
+    for layer, delta in problem.deltas.items():
+        so_far = delta.dense().float() if isinstance(delta, Product) else delta
+        places = state.places[layer].to(so_far.device)
+        deltas[layer] = (so_far if keep == 1 else keep * so_far).index_add(0, places, changes[layer])
+    return state, deltas
 
 
 def _agreed(reading: Margins) -> _Leaning | None:

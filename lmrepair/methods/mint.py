@@ -8,12 +8,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmrepair.errors import ModelError
-from lmrepair.methods.base import Method, Problem, Step, read_preference, setting
+from lmrepair.methods.base import Preferring, Problem, Step, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmrepair.model import Batch, Net, Preference, Reading, Sites
+    from lmrepair.model import Batch, Net, Preference, Sites
 
 NEGLIGIBLE = 1e-6  # share of a drift that is left by rounding alone where earlier drifts span it
 
@@ -31,7 +31,7 @@ class _Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mint(Method):
+class Mint(Preferring):
     """One mistake after another, one neuron after another, each chosen by trying it.
 
     A patch moves one neuron w to (w + factor·drift) / (1 + factor). Of the candidates, the one whose
@@ -40,6 +40,7 @@ class Mint(Method):
     """
 
     name: ClassVar[str] = "mint"
+    steers: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"factor": 0.01, "epochs": 10, "candidates": 10, "rank_by": "attribution", "variant": "delta",
                   "orthogonal": False, "early": True, "margin": 0.0, "rounds": 1},
@@ -62,18 +63,6 @@ class Mint(Method):
 
         every = net.every_site().columns
         return Sites({layer: every[layer] for layer in range(net.layers // 2, net.layers)})
-
-    def read(
-        self,
-        net: Net,
-        batches: Sequence[Batch],
-        sites: Sites,  # noqa: ARG002
-        focus: Tensor | None,
-        margin: float | None,
-        memory: object = None,  # noqa: ARG002
-    ) -> Reading:
-        """What is preferred now; gradients are taken once a mistake, where candidates are chosen."""
-        return read_preference(net, batches, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
         """One more neuron patch for the first position in focus."""

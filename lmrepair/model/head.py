@@ -19,7 +19,7 @@ PROBE = 8  # positions at which head and model are compared
 
 @dataclass(frozen=True)
 class Head:
-    """The way from states [n, d] to logits [n, V]: the head, and a ``scale`` or a ``cap`` (c·tanh(x/c)) behind it.
+    """The way from states [n, d] to logits [n, V]: the head, and a ``scale`` or a ``cap`` c (c·tanh(x/c)) behind it.
 
     ``whole``: the model does something else there, and its own logits stand in for the states.
     """

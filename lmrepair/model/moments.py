@@ -109,6 +109,7 @@ class Moment:
 
 def _factor(values: Tensor, added: float) -> Tensor:
     """L [w, w] with L Lᵀ = M + added·I, by more than ``added`` where rounding keeps M from being positive."""
+    factor: Tensor = values
     for attempt in range(TRIES):
         damped = values.clone()
         damped.diagonal().add_(added * 10**attempt)
@@ -151,7 +152,8 @@ class Inverse:
         values = self.values.to(x.device)
         if self.kind == "full":
             half = torch.linalg.solve_triangular(values, x.reshape(-1, x.shape[-1]).T, upper=False)
-            return torch.linalg.solve_triangular(values.T, half, upper=True).T.reshape(x.shape)
+            found: Tensor = torch.linalg.solve_triangular(values.T, half, upper=True).T.reshape(x.shape)
+            return found
         return self.scale * (x - (x @ values.T) @ values) if self.kind == "sampled" else x * values
 
     def double(self) -> Inverse:

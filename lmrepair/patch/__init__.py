@@ -7,8 +7,48 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
+    from lmrepair.patch.bisection import first_bad as first_bad, first_patches as first_patches
+    from lmrepair.patch.compose import (
+        Difference as Difference,
+        combine as combine,
+        difference as difference,
+        without as without,
+    )
+    from lmrepair.patch.conflicts import Forecast as Forecast, forecasts as forecasts
+    from lmrepair.patch.disk import (
+        OtherDtypeError as OtherDtypeError,
+        Rewritten as Rewritten,
+        Writing as Writing,
+        folder_of as folder_of,
+        rewrite as rewrite,
+    )
     from lmrepair.patch.folder import refuse_existing as refuse_existing, save_model as save_model
     from lmrepair.patch.format import Item as Item, Made as Made
-    from lmrepair.patch.patch import Patch as Patch, PatchSize as PatchSize
+    from lmrepair.patch.patch import (
+        LayerPart as LayerPart,
+        Patch as Patch,
+        PatchSize as PatchSize,
+        by_layer as by_layer,
+    )
+    from lmrepair.patch.serving import (
+        ENGINES as ENGINES,
+        Base as Base,
+        Chosen as Chosen,
+        Factors as Factors,
+        Held as Held,
+        Modules as Modules,
+        answers as answers,
+        chosen as chosen,
+        exact as exact,
+        held as held,
+        held_whole as held_whole,
+        holding as holding,
+        known_architecture as known_architecture,
+        llama_cpp as llama_cpp,
+        peft_on as peft_on,
+        read_base as read_base,
+        save_gguf as save_gguf,
+        save_peft as save_peft,
+    )
 
 __getattr__, __dir__ = door(__name__)

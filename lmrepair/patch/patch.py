@@ -48,6 +48,11 @@ class Patch(Contents):
         return len(self.serialise())
 
     @property
+    def width(self) -> int:
+        """The model's hidden width d."""
+        return next(iter(self.changes.values())).width
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.changes.values())).dtype
 
@@ -159,7 +164,8 @@ class Patch(Contents):
         found = fingerprint(net, columns)
         if found.body != self.fingerprint.body:
             raise WrongModelError(f"the patch was made for {made!r}; the weights of this model are others")
-        other = {at for at, (a, b) in enumerate(zip(found.layers, self.fingerprint.layers, strict=True)) if a != b}
+        digests = zip(found.layers, self.fingerprint.layers, strict=True)
+        other = {at for at, (now, then) in enumerate(digests) if then and now != then}  # empty: not known
         _refuse_changed(sorted(other - whole), made)
         originals = {layer for layer in self.changes if layer not in other and self._original(net, layer)}
         if not applied and len(originals) == len(self.changes):
@@ -197,6 +203,32 @@ class PatchSize:
     @staticmethod
     def of(patch: Patch) -> PatchSize:
         return PatchSize(patch.layers, patch.neurons, patch.size)
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A layer's part of a patch: neurons, rank (of neurons: their number), norm, bytes in the file."""
+
+    layer: int
+    neurons: int
+    rank: int
+    norm: float
+    bytes: int
+
+
+def by_layer(patch: Patch) -> list[LayerPart]:
+    """What a patch does to each of its layers."""
+    found = []
+    for layer, change in patch.changes.items():
+        if isinstance(change, LowRank):
+            product = change.product
+            rank, held = product.rank, [product.left, product.right, product.exponents, change.residue]
+        else:
+            rank, held = len(change.columns), [change.columns, change.deltas, change.originals]
+        size = sum(part.numel() * part.element_size() for part in held)
+        norm = float(change.deltas.double().norm())
+        found.append(LayerPart(layer, len(change.columns), rank, norm, size))
+    return found
 
 
 def _fits(net: Net, layer: int, change: Change | LowRank) -> bool:

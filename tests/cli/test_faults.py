@@ -42,6 +42,7 @@ VERDICTS: dict[str, tuple[BaseException, int, str]] = {
     "memory": (MemoryError(), 2, "--layers last"),
     "torch's memory": (RuntimeError(ALLOCATOR), 2, "out of memory (err == 0. DefaultCPUAllocator"),
     "memory while loading": (caused(ModelError("cannot be loaded"), RuntimeError(ALLOCATOR)), 2, "--dtype bfloat16"),
+    "memory of a template": (caused(FailuresError("the template's words"), MemoryError()), 2, "the template's words\n"),
     "GPU memory": (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), 2, "20.00 GiB"),
     "missing package": (ModuleNotFoundError("No module named 'peft'"), 2, "install"),
     "our own": (KeyError("x"), 2, "a fault of lmrepair's own, KeyError"),
@@ -198,6 +199,21 @@ def test_a_user_without_a_home_is_told_that_nothing_is_kept(
     assert statistics_of(net, asked, own=1).tokens > 0
     assert "statistics cannot be kept" in caplog.text
     assert "LMREPAIR_CACHE" in caplog.text
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_bars_are_for_terminals_that_can_draw_them(terminal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmrepair.cli.output import progress_bars
+    from lmrepair.model import quiet
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bars() as progress:
+        assert (progress is quiet) == (terminal == "dumb")
 
 
 def test_no_duration_is_read_from_a_clock_that_jumps() -> None:

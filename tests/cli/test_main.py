@@ -226,13 +226,24 @@ def test_a_damaged_patch_is_refused(run: Run, failures: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_leaves_no_patch_and_says_so(tmp_path: Path) -> None:
-    rows = [{"prompt": f"x{i} = ", "target": f"'{i} of many'\n"} for i in range(60)]
-    path = write(tmp_path / "f.jsonl", *rows)
-    arguments = [sys.executable, "-m", "lmrepair", "repair", str(path), "--mode", "batch", "--no-early"]
+    write(tmp_path / "f.jsonl", *({"prompt": f"x{i} = ", "target": f"'{i} of many'\n"} for i in range(8)))
+    # In the middle of a solve, which the file says has begun.
+    script = (
+        "from pathlib import Path; from lmrepair import Star, cli; solve = Star.solve\n"
+        "def marked(*given): Path('begun').touch(); return solve(*given)\n"
+        "Star.solve = marked; cli.main()"
+    )
+    method = ["--method", "star", "--mode", "batch", "--no-early", "--epochs", "100000"]
+    arguments = [sys.executable, "-c", script, "repair", "f.jsonl", *method]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     # A shell's background jobs ignore the signal, and hand that down.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    time.sleep(8)
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

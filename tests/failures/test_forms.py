@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from lmrepair import Failure, FailuresError, read_failures
 from lmrepair.failures import read_protected
@@ -176,7 +176,9 @@ TURNS = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
+@example({"conversations": [{"role": []}]}, False)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON | TURNS, min_size=1, max_size=5), st.booleans())
+@example({"conversations": [{"from": [], "value": "x"}]}, False)
 def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(row: dict[str, Any], protected: bool) -> None:
     path = _SCRATCH / "row.json"
     path.write_text(json.dumps([row]), encoding="utf-8")

@@ -36,8 +36,8 @@ from lmrepair import (
 from lmrepair.failures import shipped
 from lmrepair.failures.tokens import Tokens
 from lmrepair.loop import loop
-from lmrepair.loop.judge import GRID, RESOLUTION, Guard, Verdict, needed_scales
-from lmrepair.model.edit import Change
+from lmrepair.loop.judge import GRID, RESOLUTION, Guard, Scaled, Verdict, needed_scales
+from lmrepair.model.edit import Change, LowRank, Product, Trial, patched, same_bits
 from lmrepair.model.statistics import windows
 
 ONE = Reference("one", ("for i in range(10):\n    print(i)\n",))
@@ -578,7 +578,7 @@ def test_the_commands_gate(run: Run) -> None:
 
     Path("protect.jsonl").write_text('{"prompt": "import os\\n\\npath = os."}\n', encoding="utf-8")
     assert run("apply", "a.patch.safetensors", "--model", MODEL, "--output", "patched")[0] == 0
-    flags = ["--memory", "a.patch.safetensors", "--protect", "protect.jsonl"]
+    flags = ["--memory", "a.patch.safetensors", "--protect", "protect.jsonl", "--own-texts", "4"]
     code, out, _ = run("repair", "b.jsonl", "--reference", "text.txt", "--model", "patched", *flags, "--json")
     gate = json.loads(out)["gate"]
     assert (gate["protected"], gate["memory"], gate["memory_unwatched"]) == (1, 1, 0)
@@ -595,3 +595,25 @@ def test_the_commands_gate(run: Run) -> None:
 
 
 MODEL = shipped("model")
+
+
+def test_factors_are_scaled_as_deltas_are() -> None:
+    """What is weighed at a scale is, bit for bit, what is made at it, and half of what was solved."""
+    net = oracle_models.net()
+    before = State.of(net)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, size, generator=generator) for size in (oracle_models.WIDTH, oracle_models.HIDDEN))
+    with Trial(net, net.every_site()) as trial:
+        changes = trial.changes({1: Product.of(0.02 * left, right)})
+    (made,) = Scaled(changes, 0.5).made(net).values()
+    assert isinstance(made, LowRank)
+    assert isinstance(whole := changes[1].delta, Product)
+    assert torch.allclose(2 * made.product.dense(), whole.dense(), atol=1e-4 * float(whole.dense().abs().max()))
+    original = net.columns(1).clone()
+    with Scaled(changes, 0.5).on(net):
+        assert same_bits(net.columns(1), patched(original, made.delta))
+        assert same_bits(made.original(net.columns(1)), original)
+    assert not before.changed(net)
+    assert Scaled(changes, 1.0).made(net) is changes
+    needs = needed_scales(net, changes, net.tokenize(FAILURES[:1]))
+    assert len(needs) == 1

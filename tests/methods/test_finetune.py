@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +32,9 @@ def agree(result: Repair, wanted: dict[int, torch.Tensor], tolerance: float) -> 
 def test_finetuning_is_torchs_adam(kind: str) -> None:
     net = oracle_models.net(kind, dtype=torch.float64)
     pairs = oracle_models.pairs(net.tokenize(FAILURES[:1]))
-    (result,) = repair_each(net, FAILURES[:1], FineTune(learning_rate=3e-4, epochs=10, early=False))
+    (result,) = repair_each(
+        net, FAILURES[:1], FineTune(learning_rate=3e-4, epochs=10, early=False, max_probe_kl=math.inf)
+    )
     assert result.cost.steps == 10
     agree(result, oracle.adam_steps(net.model, range(net.layers), pairs, 3e-4, 10), 1e-3)
 
@@ -40,7 +43,7 @@ def test_finetuning_is_torchs_adam(kind: str) -> None:
 def test_a_second_problem_starts_afresh_on_what_the_first_left(kind: type[FineTune] | type[Lora]) -> None:
     """Two failures in turn are as two patches one after the other, each with an optimiser of its own."""
     net = oracle_models.net()
-    method = kind(learning_rate=0.01, mode="batch", epochs=3, early=False)
+    method = kind(learning_rate=0.01, mode="batch", epochs=3, early=False, max_probe_kl=math.inf)
     both = loop._attempt(
         loop.Case.of(net, FAILURES[:2]), method, Known.of(net, method, None, loop.quiet), loop.quiet, None
     ).changes
@@ -62,7 +65,9 @@ def test_lora_is_pefts_injected_into_a_copy(kind: str) -> None:
     """The same adapters trained by PEFT's forward pass, torch's backward and torch's Adam on the model itself."""
     net = oracle_models.net(kind, dtype=torch.float64)
     pairs = oracle_models.pairs(net.tokenize(FAILURES[:1]))
-    (result,) = repair_each(net, FAILURES[:1], Lora(rank=3, learning_rate=0.01, epochs=8, early=False, seed=5))
+    (result,) = repair_each(
+        net, FAILURES[:1], Lora(rank=3, learning_rate=0.01, epochs=8, early=False, seed=5, max_probe_kl=math.inf)
+    )
     agree(result, peft_steps(net, pairs, 3, 0.01, 8, 5), 2e-3)
 
 
@@ -95,7 +100,7 @@ def test_a_lora_patch_has_its_rank_and_the_net_has_no_adapters(kind: str) -> Non
     net = oracle_models.net(kind)
     before = State.of(net)
     modules = [id(module) for module in net.model.modules()]
-    result = repair(net, FAILURES[:2], Lora(learning_rate=0.02, rank=2))
+    result = repair(net, FAILURES[:2], Lora(learning_rate=0.02, rank=2, max_probe_kl=math.inf))
     assert result.repaired == 2
     assert result.patch is not None
     assert len(result.patch.changes) == net.layers

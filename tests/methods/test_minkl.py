@@ -20,12 +20,14 @@ from lmrepair.failures.tokens import Tokens
 from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem
 from lmrepair.methods.maths.basis import Bases
-from lmrepair.methods.maths.dual import RIDGE, gram, kernel, not_negative
+from lmrepair.methods.maths.dual import RIDGE, gram, kernel, not_negative, weights_for
+from lmrepair.methods.maths.linearised import AIM, SPARE, STAY
 from lmrepair.methods.maths.margins import read_margins
-from lmrepair.methods.minkl import AIM, KEEP, KEPT, SPARE, STAY
+from lmrepair.methods.maths.spans import directions, shared_out
+from lmrepair.methods.minkl import KEEP, KEPT, SHARED
 from lmrepair.methods.star import Star
 from lmrepair.model.batches import Sites
-from lmrepair.model.edit import Trial
+from lmrepair.model.edit import LowRank, Product, Trial
 from lmrepair.model.moments import Metric, Moment, Statistics
 from lmrepair.model.net import settled
 from lmrepair.model.statistics import gather
@@ -233,8 +235,9 @@ def test_early_steps_of_several_failures_keep_a_part_of_the_change(kind: str, in
         given = problem(net, method, some, known)
         first = method.solve(given)
         second = method.solve(dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=step)).deltas
-        margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(some))
-        rows = [row for row, value in enumerate(margins.tolist()) if not value > method.margin]
+        alone = len(some) == 1
+        margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(some), all_rivals=alone)
+        rows = [row for row, value in enumerate(margins.tolist()) if not value > (0 if alone else method.margin)]
         raised = torch.stack(
             [sum((gradients[row][at] * first.deltas[at].double()).sum() for at in range(LAYERS)) for row in rows]
         )
@@ -264,6 +267,121 @@ def test_few_neurons_are_those_that_carry_most_and_solved_on_their_own(kind: str
     for layer in range(LAYERS):
         moved = (second.deltas[layer] - first.deltas[layer]).any(dim=1).nonzero().squeeze(1)
         assert moved.tolist() == places[layer].tolist()
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("inputs", KINDS)
+def test_a_step_of_low_rank_is_solved_again_among_the_directions_worth_most(kind: str, inputs: str) -> None:
+    """Δ = U X: the oracle's directions by dense roots of C and F, and its step with Uᵀ J and Uᵀ C U."""
+    net = oracle_models.net(kind, dtype=torch.float64)
+    method = MinKl(inputs=inputs, outputs="full", samples=30, margin=0.3, rank=2)
+    tokens, known = tokens_of(net)[:1], statistics(net, method)
+    margins, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(tokens), all_rivals=True)
+    rows = [row for row, value in enumerate(margins.tolist()) if value <= 0]
+    rise = rises(method, margins[rows])
+    c = [dense(known.inputs, layer, method.damping) for layer in range(LAYERS)]
+    f = [dense(known.outputs, layer, method.damping) for layer in range(LAYERS)]
+    whole = oracle_minkl.step([gradients[row] for row in rows], rise, c, f, RIDGE)
+    given = problem(net, method, tokens, known)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
+    assert method._limits(given) == (2, int(SHARED * size / 2))
+    state: Any = method._start(given)
+    state = state.linearised(given.reading.factors)  # type: ignore[attr-defined]
+    weights = weights_for(state.system, state.rise(given.reading.preference.gap))
+    used = state.used(given.reading.factors, weights)  # type: ignore[attr-defined]
+    state = state.spanned(used, given.deltas, 2, 10**9).linearised(given.reading.factors)  # type: ignore[attr-defined]
+    found = state.moved(
+        state.changes(weights_for(state.system, state.rise(given.reading.preference.gap))), 1.0
+    ).deltas()
+    u = oracle_minkl.spans(whole, c, f, 2)
+    inner = [[u[layer].T @ gradients[row][layer] for layer in range(LAYERS)] for row in rows]
+    x = oracle_minkl.step(inner, rise, [u[layer].T @ c[layer] @ u[layer] for layer in range(LAYERS)], f, RIDGE)
+    for layer in range(LAYERS):
+        assert found[layer].rank == u[layer].shape[1]
+        assert near(found[layer].dense(), u[layer] @ x[layer], 5e-3)
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("layers", ["1", "last"])
+def test_a_failure_alone_is_repaired_by_few_directions(kind: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmrepair.methods.minkl.SHARED", 1.0)
+    net = oracle_models.net(kind)
+    before = State.of(net)
+    method = MinKl(epochs=60, rank=4 if layers == "last" else 3, layers=layers)
+    result = repair(net, FAILURES[:1], method, TEXT, statistics=statistics(net, method))
+    assert result.repaired == 1
+    assert result.patch is not None
+    for change in result.patch.changes.values():
+        assert isinstance(change, LowRank)
+        if layers == "last":  # where three are not enough for all positions, and others come in
+            continue
+        assert change.product.rank <= 3
+        assert torch.linalg.matrix_rank(change.product.dense()) <= 3
+    result.patch.revert(net)
+    assert not before.changed(net)
+
+
+def test_factors_take_no_more_than_their_share_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmrepair.methods.minkl.SHARED", 0.02)
+    net = oracle_models.net()
+    method = MinKl(epochs=60, rank=3)
+    (result,) = repair_each(net, FAILURES[:1], method, statistics=statistics(net, method))
+    assert result.patch is not None
+    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
+    factors = [change.product for change in result.patch.changes.values() if isinstance(change, LowRank)]
+    assert len(factors) == len(result.patch.changes)
+    assert 2 * sum(part.left.numel() + part.right.numel() for part in factors) <= 0.02 * size
+
+
+def test_another_solve_of_the_same_failure_stays_in_its_directions() -> None:
+    net = oracle_models.net(dtype=torch.float64)
+    method = MinKl(margin=0.3, rank=2)
+    known = statistics(net, method)
+    given = problem(net, method, tokens_of(net)[:1], known)
+    first = method.solve(given)
+    again = method.solve(dataclasses.replace(given, deltas=first.deltas))
+    for layer, delta in first.deltas.items():
+        if not isinstance(delta, Product):
+            continue
+        other: Any = again.deltas[layer]
+        assert other.rank == delta.rank
+        both = torch.cat([delta.left, other.left]).double()
+        assert torch.linalg.matrix_rank(both, rtol=1e-3) == delta.rank
+        # What was linearised from the start is asked for once more: the same change twice.
+        assert near(other.dense(), 2 * delta.dense(), 2e-2)
+    in_turn = MinKl(margin=0.3, rank=2, mode="batch")
+    given = problem(net, in_turn, tokens_of(net)[:1], known)
+    first = in_turn.solve(given)
+    again = in_turn.solve(dataclasses.replace(given, deltas=first.deltas))
+    assert any(isinstance(delta, Product) and delta.rank > 2 for delta in again.deltas.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), spent=st.integers(0, 4))
+def test_directions_are_the_singular_ones_of_the_metric(seed: int, spent: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, mixed = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (7, 6))
+    mixed[5 - spent :] = 0
+    roots = [torch.randn(n, n, generator=generator, dtype=torch.float64) for n in (7, 6)]
+    c, f = (root @ root.T + 0.1 * torch.eye(len(root)) for root in roots)
+    delta = c.inverse() @ z.T @ mixed @ f.inverse()
+    worth, mixes = directions(z @ c.inverse() @ z.T, mixed, mixed @ f.inverse())
+    u = c.inverse() @ z.T @ mixes
+    (wanted,) = oracle_minkl.spans([delta], [c], [f], 7) if spent < 5 else (torch.zeros(7, 0),)
+    assert u.shape == wanted.shape
+    assert torch.allclose(u.T @ c @ u, torch.eye(u.shape[1], dtype=torch.float64), atol=1e-6)
+    assert torch.allclose((u.T @ c @ wanted).abs(), torch.eye(u.shape[1], dtype=torch.float64), atol=1e-4)
+    assert float(worth.sum()) == pytest.approx(2 * oracle_minkl.cost(f, delta.T, c), rel=1e-6)
+
+
+def test_room_is_shared_out_by_worth() -> None:
+    worth = {0: torch.tensor([5.0, 1.0, 0.5]), 1: torch.tensor([4.0, 3.0]), 2: torch.tensor([0.1, 0.0])}
+    sizes = {0: 10, 1: 10, 2: 10}
+    assert shared_out(worth, sizes, 2, 10**6) == {0: 2, 1: 2, 2: 1}
+    assert shared_out(worth, sizes, 9, 30) == {0: 1, 1: 2}
+    assert shared_out(worth, sizes, 1, 30) == {0: 1, 1: 1, 2: 1}
+    assert shared_out(worth, sizes, 9, 0) == {0: 1}
+    assert shared_out({0: torch.zeros(3)}, sizes, 9, 100) == {}
 
 
 def test_the_memory_that_is_said_beforehand_is_enough() -> None:
@@ -320,6 +438,7 @@ def test_a_step_needs_statistics() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     for wrong, said in (
         ({"neurons": -1}, "neurons is -1"),
+        ({"rank": -1}, "rank is -1"),
         ({"inputs": "half"}, "inputs 'half' is unknown; known: auto, full, sampled, diagonal, none"),
         ({"outputs": "half"}, "outputs 'half' is unknown"),
         ({"samples": 0}, "at least 1"),

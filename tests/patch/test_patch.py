@@ -10,12 +10,14 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import oracle_models
 import pytest
 import safetensors.torch
@@ -27,7 +29,9 @@ from torch import Tensor
 
 from lmrepair import Net, Patch, PatchError, Reference, Star, WrongModelError, load, repair
 from lmrepair.failures.files import write_atomically
+from lmrepair.model import LowRank, Product, fingerprint
 from lmrepair.model.edit import Trial
+from lmrepair.model.edit.sparse_integers import pack
 from lmrepair.patch.folder import save_model
 from lmrepair.patch.format import KEY, _stamp
 
@@ -104,6 +108,157 @@ def test_a_saved_folder_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Pat
         assert not all(same_bits(first[key], middle[key]) for key in first)
 
 
+# --- factors --------------------------------------------------------------------------------------
+
+
+def factored(net: Net, layers: tuple[int, ...] = (0, 2), size: float = 0.02) -> Patch:
+    """A patch that changes whole layers by products of rank 2; what it is for comes from another one."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = {
+        layer: Product.of(
+            size * torch.randn(2, oracle_models.WIDTH, generator=generator),
+            torch.randn(2, oracle_models.HIDDEN, generator=generator),
+        )
+        for layer in layers
+    }
+    with Trial(net, net.every_site()) as trial:
+        changes = trial.changes(deltas)
+    given = read_contents_of(small())
+    return Patch(changes, given.items, given.made, fingerprint(net, {}))
+
+
+def read_contents_of(raw: bytes) -> Patch:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p"
+        path.write_bytes(raw)
+        return Patch.load(path)
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_there_and_back_is_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    net = oracle_models.net(kind, dtype=dtype)
+    before = State.of(net)
+    patch = factored(net)
+    assert not before.changed(net)
+    loaded = read_contents_of(patch.serialise())
+    assert loaded.serialise() == patch.serialise()
+    assert loaded.dtype == dtype
+    assert not loaded.is_applied(net)
+    weights = {layer: net.columns(layer).double() for layer in patch.changes}
+    with loaded.on(net):
+        assert before.changed(net)
+        inside = {layer: net.columns(layer).clone() for layer in patch.changes}
+    assert not before.changed(net)
+    loaded.apply(net)
+    assert before.changed(net) == [f"{net.anatomy.names[layer]}.weight" for layer in sorted(patch.changes)]
+    for layer, (a, b) in loaded.factors(net.widths).items():
+        assert same_bits(net.columns(layer), inside[layer])
+        change = (b.double() @ a.double()).T
+        assert torch.equal(change, loaded.changes[layer].delta.dense())
+        assert same_bits(net.columns(layer), (weights[layer] + change).float().to(dtype))
+    assert loaded.is_applied(net)
+    assert not loaded.is_original(net)
+    with pytest.raises(WrongModelError, match="already applied"):
+        loaded.apply(net)
+    with pytest.raises(WrongModelError, match="original values"), loaded.on(net):
+        pass
+    loaded.revert(net)
+    assert not before.changed(net)
+    assert loaded.is_original(net)
+    with pytest.raises(WrongModelError, match="not applied"):
+        loaded.revert(net)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_factors_are_refused_for_any_other_weights(applied: bool) -> None:
+    """One bit in a changed layer, in another one, or in the body; and another patch on top."""
+    net = oracle_models.net()
+    patch = factored(net)
+    if applied:
+        patch.apply(net)
+    for name in (f"{net.anatomy.names[0]}.weight", f"{net.anatomy.names[1]}.weight", "model.norm.weight"):
+        bits = net.model.get_parameter(name).view(torch.int32).flatten()
+        bits[-1] ^= 1
+        before = State.of(net)
+        for act in (patch.apply, patch.revert, patch.is_applied):
+            with pytest.raises(WrongModelError):
+                act(net)
+        assert not before.changed(net)
+        bits[-1] ^= 1
+    if applied:
+        top = factored(net, (2,), 0.01)
+        top.apply(net)
+        with pytest.raises(WrongModelError, match="reverse order"):
+            patch.revert(net)
+        top.revert(net)
+        patch.revert(net)
+    for other in (oracle_models.net("gpt2"), oracle_models.net(dtype=torch.bfloat16), oracle_models.net(seed=1)):
+        for act in (patch.apply, patch.revert, patch.is_applied):
+            with pytest.raises(WrongModelError):
+                act(other)
+
+
+FORGED_FACTORS: dict[str, Callable[[dict[str, Tensor], dict[str, object]], object]] = {
+    "old format": lambda p, r: r.update({"format": 1}),
+    "no dtype": lambda p, r: r["model"].pop("dtype"),  # type: ignore[attr-defined]
+    "unknown dtype": lambda p, r: r["model"].update({"dtype": "int8"}),  # type: ignore[attr-defined]
+    "left as floats": lambda p, r: p.update({"layers.0.left": p["layers.0.left"].float()}),
+    "left as one row": lambda p, r: p.update({"layers.0.left": p["layers.0.left"][0].clone()}),
+    "one direction less": lambda p, r: p.update({"layers.0.right": p["layers.0.right"][1:].clone()}),
+    "no direction": lambda p, r: p.update({f"layers.0.{n}": p[f"layers.0.{n}"][:0].clone() for n in FACTORS}),
+    "exponents too large": lambda p, r: p["layers.0.exponents"].fill_(2000),
+    "exponents far apart": lambda p, r: p["layers.0.exponents"].copy_(torch.tensor([-50, 0])),
+    "another width": lambda p, r: p.update({"layers.0.right": p["layers.0.right"][:, 1:].clone()}),
+    "columns beside factors": lambda p, r: p.update({"layers.0.columns": torch.zeros(1, dtype=torch.int64)}),
+    "missing residue": lambda p, r: p.pop("layers.0.residue"),
+    "empty residue": lambda p, r: p.update({"layers.0.residue": torch.zeros(0, dtype=torch.uint8)}),
+    "residue cut off": lambda p, r: p.update({"layers.0.residue": p["layers.0.residue"][:-1].clone()}),
+    "residue and more": lambda p, r: p.update({"layers.0.residue": p["layers.0.residue"].repeat(2)}),
+    "residue of many": lambda p, r: p["layers.0.residue"][:8].fill_(255),
+    "residue beyond the layer": lambda p, r: p.update({"layers.0.residue": beyond()}),
+}
+FACTORS = ("left", "right", "exponents")
+
+
+def beyond() -> Tensor:
+    place = np.array([oracle_models.WIDTH * oracle_models.HIDDEN])
+    return torch.frombuffer(bytearray(pack(place, np.array([1]))), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", FORGED_FACTORS)
+def test_factors_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
+    said = refused(remade(FORGED_FACTORS[name], factored(oracle_models.net()).serialise()), tmp_path)
+    assert "not a patch this version can read" in said
+
+
+def test_a_residue_that_is_not_this_models_is_no_way_back() -> None:
+    net = oracle_models.net()
+    patch = factored(net)
+    change = patch.changes[0]
+    assert isinstance(change, LowRank)
+    empty = torch.frombuffer(bytearray(pack(np.zeros(0, np.int64), np.zeros(0, np.int64))), dtype=torch.uint8)
+    wrong = replace(patch, changes={**patch.changes, 0: replace(change, residue=empty)})
+    patch.apply(net)
+    before = State.of(net)
+    with pytest.raises(WrongModelError):
+        wrong.revert(net)
+    assert not before.changed(net)
+
+
+def test_patches_of_single_neurons_are_written_as_before() -> None:
+    raw = small()
+    record = json.loads(json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"][KEY])
+    assert record["format"] == 1
+    assert "dtype" not in record["model"]
+    patch = read_contents_of(raw)
+    for layer, (a, b) in patch.factors((oracle_models.WIDTH,) * oracle_models.LAYERS).items():
+        change = patch.changes[layer]
+        whole = torch.zeros(oracle_models.WIDTH, oracle_models.HIDDEN)
+        whole[change.columns] = change.deltas
+        assert torch.equal(b @ a, whole.T)
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -144,9 +299,9 @@ def test_any_flip_cut_or_addition_is_refused(tmp_path_factory: pytest.TempPathFa
     refused(raw + flipped, folder)
 
 
-def remade(change: Callable[[dict[str, Tensor], dict[str, object]], object]) -> bytes:
-    """The small patch with other content and a digest that fits it."""
-    raw = small()
+def remade(change: Callable[[dict[str, Tensor], dict[str, object]], object], given: bytes | None = None) -> bytes:
+    """A patch (the small one) with other content and a digest that fits it."""
+    raw = given or small()
     length = struct.unpack("<Q", raw[:8])[0]
     record = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][KEY])
     record["digest"] = "0" * 64
@@ -171,7 +326,8 @@ FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, object]], object]] = {
     "missing tensor": lambda p, r: p.pop(first(p, "originals")),
     "extra tensor": lambda p, r: p.update({"layers.0.more": torch.zeros(1)}),
     "layer out of range": lambda p, r: p.update({"layers.99.columns": torch.zeros(1, dtype=torch.int64)}),
-    "format": lambda p, r: r.update({"format": 2}),
+    "format": lambda p, r: r.update({"format": 3}),
+    "format of factors": lambda p, r: r.update({"format": 2}),
     "no failures": lambda p, r: r.update({"failures": []}),
     "failures of a wrong type": lambda p, r: r.update({"failures": [1]}),
     "ids of a wrong type": lambda p, r: r["failures"][0].update({"target_ids": ["1"]}),  # type: ignore[index]

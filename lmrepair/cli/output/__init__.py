@@ -26,12 +26,6 @@ if TYPE_CHECKING:
         repair_data as repair_data,
         repair_text as repair_text,
     )
-    from lmrepair.cli.output.render_fix import (
-        check_data as check_data,
-        check_text as check_text,
-        fix_data as fix_data,
-        fix_text as fix_text,
-    )
     from lmrepair.cli.output.render_measures import measures_data as measures_data, measures_text as measures_text
 
 __getattr__, __dir__ = door(__name__)

@@ -224,12 +224,16 @@ def _bytes(count: float) -> str:
 
 def patch_data(patch: Patch) -> dict[str, Any]:
     """What ``show --json`` prints."""
+    from lmrepair.patch import by_layer
+
     return {
         "model": patch.made.model,
         "dtype": str(patch.dtype).removeprefix("torch."),
         "method": patch.made.method,
         "settings": dict(patch.made.settings),
         "layers": {str(layer): len(change.columns) for layer, change in patch.changes.items()},
+        "by_layer": [vars(part) for part in by_layer(patch)],
+        "parts": dict(patch.made.settings["parts"]) if patch.made.method == "compose" else {},
         "neurons": patch.neurons,
         "bytes": patch.size,
         "largest_delta": max(change.largest for change in patch.changes.values()),
@@ -254,13 +258,17 @@ def patch_data(patch: Patch) -> dict[str, Any]:
 
 def patch_text(data: dict[str, Any]) -> list[str]:
     """The same as lines."""
-    settings = ", ".join(f"{key} {value}" for key, value in data["settings"].items())
-    neurons = ", ".join(f"{layer}: {count}" for layer, count in data["layers"].items())
+    settings = ", ".join(f"{key} {value}" for key, value in data["settings"].items() if not data["parts"])
     drift = data["drift"]
     lines = [
         f"made for   {visible(data['model'], None)} in {data['dtype']} (body {data['fingerprint'][:16]}…)",
-        f"method     {visible(data['method'], None)} ({visible(settings, None)})",
-        f"changes    {data['neurons']:,} neurons, {_bytes(data['bytes'])}; neurons by layer: {neurons}",
+        f"method     {visible(data['method'], None)} ({visible(settings or ', '.join(data['parts']), None)})",
+        f"changes    {data['neurons']:,} neurons, {_bytes(data['bytes'])}",
+        *(
+            f"layer {part['layer']:>4} {part['neurons']:>7,} neurons, rank {part['rank']:>4}, norm {part['norm']:.3g}, "
+            f"{_bytes(part['bytes'])}"
+            for part in data["by_layer"]
+        ),
         f"largest    delta {data['largest_delta']:.2e}",
     ]
     if drift:

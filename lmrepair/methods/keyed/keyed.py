@@ -6,10 +6,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import MOMENTS, Method, Problem, Step, metric_of, read_preference, setting
+from lmrepair.methods.base import MOMENTS, Preferring, Problem, Step, metric_of, setting
 from lmrepair.methods.targeting import share_of
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from lmrepair.methods.keyed.values import Search
     from lmrepair.methods.maths import Apply
-    from lmrepair.model import Asked, Batch, Net, Preference, Reading, Sites
+    from lmrepair.model import Asked, Batch, Net, Preference, Sites
 
 SPARE = 1.0  # logits that a value aims beyond the margin: the change is felt at other positions too
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keyed(Method):
+class Keyed(Preferring):
     """A method that changes what FFNs write at one key position a failure: the last token of its prompt.
 
     A step finds the value for every key (a shift of one layer's FFN output after which the target is
@@ -70,18 +70,6 @@ class Keyed(Method):
     def layers_of(self, net: Net) -> list[int]:
         """The one layer at ``depth``; a method that spreads its change names several, ending there."""
         return [round(self.depth * (net.layers - 1))]
-
-    def read(
-        self,
-        net: Net,
-        batches: Sequence[Batch],
-        sites: Sites,  # noqa: ARG002
-        focus: Tensor | None,
-        margin: float | None,
-        memory: Any = None,  # noqa: ARG002
-    ) -> Reading:
-        """What is preferred now; keys and values are read for each step."""
-        return read_preference(net, batches, focus, margin)
 
     def solve(self, problem: Problem) -> Step:
         metrics = problem.memory if problem.memory is not None else self.metrics(problem)

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memit(Keyed):
-    """Values in the least-squares sense, weighed against what reference text keeps: M = (λC)⁻¹, ε = 1."""
-
-    name: ClassVar[str] = "memit"
+class Spanning(Keyed):
+    """Values that are reached over several layers, lowest first."""
 
     span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
-    weight: float = setting(0.1, "λ, the weight of reference text, in units of a layer's width", positive=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,6 +29,15 @@ class Memit(Keyed):
 
     def layers_of(self, net: Net) -> list[int]:
         return spanned(net, self.depth, self.span)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memit(Spanning):
+    """Values in the least-squares sense, weighed against what reference text keeps: M = (λC)⁻¹, ε = 1."""
+
+    name: ClassVar[str] = "memit"
+
+    weight: float = setting(0.1, "λ, the weight of reference text, in units of a layer's width", positive=True)
 
     def metrics(self, problem: Problem) -> dict[int, Apply]:
         from lmrepair.methods.maths import inverse_metric
@@ -46,24 +52,16 @@ class Memit(Keyed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEdit(Keyed):
+class AlphaEdit(Spanning):
     """MEMIT's values by changes within the sampled null space: they do nothing on the sampled reference text."""
 
     name: ClassVar[str] = "alphaedit"
 
     inputs: str = setting("sampled", "how the coefficients' second moment is kept", ("auto", "full", "sampled"))
-    span: str = setting("1/4", "share of the layers to spread the change over, ending at depth: 1/4, 1/2, …")
     threshold: float = setting(
         0.02, "second moment above which a direction is not in the null space, in units of the mean", positive=True
     )
     ridge: float = setting(0.1, "slack of the solve, as a share of its system's mean diagonal", positive=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        share_of(self.span, "span")
-
-    def layers_of(self, net: Net) -> list[int]:
-        return spanned(net, self.depth, self.span)
 
     def metrics(self, problem: Problem) -> dict[int, Apply]:
         from lmrepair.methods.maths import null_space

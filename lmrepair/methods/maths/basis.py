@@ -8,6 +8,7 @@ pass gives the Gram matrix UᵀU [d, d], its Cholesky factor is kept, and a basi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,44 +20,46 @@ ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Bases:
-    """A factored head: ``head`` [V, d] as it is stored, ``gain`` [d] it is scaled by, ``factor`` [d, d].
-
-    ``factor`` (float64) is the Cholesky factor of the Gram matrix, or its pseudo-inverse where the head
-    has less than full column rank (``exact`` is False then).
-    """
+    """A head, factored when that is first asked for: ``head`` [V, d] as it is stored, ``gain`` [d] it is scaled by."""
 
     head: Tensor
     gain: Tensor
-    factor: Tensor
-    exact: bool
 
     @staticmethod
     def of(net: Net, gain: bool = False) -> Bases:
-        """Factor a net's head; with ``gain``, as the state before the final norm's gain sees it (U·diag γ)."""
+        """Of a net's head; with ``gain``, as the state before the final norm's gain sees it (U·diag γ)."""
         head = weight(net.anatomy.head)
         scale = net.anatomy.gain.double() if gain else torch.ones(net.hidden, dtype=torch.float64)
-        return Bases.factored(head, scale.to(head.device))
+        return Bases(head, scale.to(head.device))
 
-    @staticmethod
-    def factored(head: Tensor, gain: Tensor) -> Bases:
-        """Factor UᵀU for U = head·diag(gain); V·d² float64 multiplications, nothing of size V×d kept."""
-        width = head.shape[1]
-        gram = torch.zeros(width, width, dtype=torch.float64, device=head.device)
-        for rows in head.split(ROWS_AT_ONCE):
-            part = rows.double() * gain
+    @property
+    def exact(self) -> bool:
+        """Whether the head has full column rank."""
+        return self._factored[1]
+
+    @cached_property
+    def _factored(self) -> tuple[Tensor, bool]:
+        """The Cholesky factor [d, d] of UᵀU for U = head·diag(gain), or its pseudo-inverse, and which of them it is.
+
+        V·d² float64 multiplications, nothing of size V×d kept.
+        """
+        width = self.head.shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64, device=self.head.device)
+        for rows in self.head.split(ROWS_AT_ONCE):
+            part = rows.double() * self.gain
             gram += part.T @ part
         factor, failed = torch.linalg.cholesky_ex(gram)
         diagonal = factor.diagonal()
         # Below this the solve would return rounding errors of the Gram matrix as directions.
-        sound = int(failed) == 0 and float(diagonal.min() / diagonal.max()) > 1e-6
-        if sound:
-            return Bases(head, gain, factor, True)
-        return Bases(head, gain, torch.linalg.pinv(gram, hermitian=True, rtol=1e-12), False)
+        if int(failed) == 0 and float(diagonal.min() / diagonal.max()) > 1e-6:
+            return factor, True
+        return torch.linalg.pinv(gram, hermitian=True, rtol=1e-12), False
 
     def __getitem__(self, tokens: Tensor) -> Tensor:
         """The bases [n, d] of tokens [n], in float64."""
         rows = (self.head[tokens.to(self.head.device)].double() * self.gain).T
-        found = torch.cholesky_solve(rows, self.factor) if self.exact else self.factor @ rows
+        factor, exact = self._factored
+        found = torch.cholesky_solve(rows, factor) if exact else factor @ rows
         return found.T
 
     def steers(self, wanted: Tensor, said: Tensor) -> Tensor:

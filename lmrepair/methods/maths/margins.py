@@ -52,13 +52,15 @@ def read_margins(
     focus: Tensor | None,
     margin: float | None,
     choose: Callable[[Batch, Preference, slice], tuple[Tensor, Tensor]] | None = None,
+    all_rivals: bool = False,
 ) -> Margins:
     """One forward pass over each batch, and a backward pass for as many rows as its failures have open margins.
 
     Open is a position in ``focus`` [N] (None: all) that is not preferred by more than ``margin``; with
     ``margin`` None, every position of the focus is. ``choose`` decides otherwise: given a batch,
     what its positions prefer and which slice of the N they are, it says which are open, and which of
-    them to read gradients of.
+    them to read gradients of. With ``all_rivals``, gradients are those of wanted logit − log Σ exp(other logits)
+    instead of the margin over the best rival: a change along them holds down the next rivals too.
     """
     preferences: list[Preference] = []
     factors: list[Factors] = []
@@ -87,14 +89,22 @@ def read_margins(
                 done = False
             if not bool(rows.any()):
                 continue
-            picked = logits.float().gather(1, torch.stack([batch.wanted, preference.rival], dim=1))
+            value = ahead(logits.float(), batch.wanted, None if all_rivals else preference.rival)
             # No row's logits depend on another row's state, so one pass gives all of these.
-            (slope,) = torch.autograd.grad((picked[:, 0] - picked[:, 1]).sum(), states, retain_graph=True)
+            (slope,) = torch.autograd.grad(value.sum(), states, retain_graph=True)
             outputs = [watched.outputs[layer] for layer in sites.layers]
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
             factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, sites.layers == (last,))
     joint = Preference.join(preferences)
     return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
+
+
+def ahead(logits: Tensor, wanted: Tensor, rival: Tensor | None) -> Tensor:
+    """By how much wanted tokens [N] are ahead of a rival each, or (None) of all others together, from logits [N, V]."""
+    chosen = logits.gather(1, wanted[:, None])
+    if rival is not None:
+        return (chosen - logits.gather(1, rival[:, None])).squeeze(1)
+    return chosen.squeeze(1) - logits.scatter(1, wanted[:, None], float("-inf")).logsumexp(dim=1)
 
 
 def _apart(net: Net, batches: Sequence[Batch]) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,7 +98,7 @@ def patched(values: Tensor, delta: Delta) -> Tensor:
     rounded to the dtype.
     """
     if isinstance(delta, Product):
-        return (values.double() + delta.dense()).float().to(values.dtype)
+        return delta.dense().add_(values).float().to(values.dtype)
     return (values.float() + delta).to(values.dtype)
 
 
@@ -153,9 +154,11 @@ class LowRank:
     def of(product: Product, original: Tensor) -> LowRank:
         """The change of neurons [m, d]. Its parts are on the CPU."""
         made = LowRank(product.to("cpu"), original.dtype, torch.zeros(0, dtype=torch.uint8))
-        missed = (_ordered(original) - _ordered(made._back(patched(original, product)))).flatten().cpu()
-        places = missed.nonzero().squeeze(1)
-        packed = pack(places.numpy(), missed[places].numpy())
+        back, wanted = (part.contiguous().flatten() for part in (made._back(patched(original, product)), original))
+        whole = BITS[original.element_size()]
+        places = (back.view(whole) != wanted.view(whole)).nonzero().squeeze(1)
+        missed = _ordered(wanted[places]) - _ordered(back[places])
+        packed = pack(places.cpu().numpy(), missed.cpu().numpy())
         return replace(made, residue=torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def missed(self) -> tuple[Tensor, Tensor]:
@@ -187,16 +190,27 @@ class LowRank:
     def original(self, now: Tensor) -> Tensor:
         """The neurons [m, d] before the patch, from those with it."""
         places, values = (part.to(now.device) for part in self.missed())
-        found = self._back(now)
-        flat = _ordered(found).flatten().index_add_(0, places, values)
-        return _from_ordered(flat.view(found.shape), self.dtype)
+        found = self._back(now).contiguous()
+        flat = found.view(-1)
+        flat[places] = _from_ordered(_ordered(flat[places]) + values, self.dtype)
+        return found
+
+    def parts(self, neurons: int) -> Iterator[tuple[slice, LowRank]]:
+        """The same for that many neurons at a time, so that little of the layer is in memory at once."""
+        places, values = self.missed()
+        for start in range(0, self.product.left.shape[1], neurons):
+            some = slice(start, start + neurons)
+            inside = (places >= start * self.width) & (places < (start + neurons) * self.width)
+            packed = pack((places[inside] - start * self.width).numpy(), values[inside].numpy())
+            product = replace(self.product, left=self.product.left[:, some])
+            yield some, LowRank(product, self.dtype, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def factors(self, width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """A [r, m] and B [d, r], float32, with the change of the whole projection [d, m] = B A."""
         return self.product.factors()
 
     def _back(self, now: Tensor) -> Tensor:
-        return (now.double() - self.product.to(now.device).dense()).float().to(now.dtype)
+        return self.product.to(now.device).dense().neg_().add_(now).float().to(now.dtype)
 
 
 Edit = Change | LowRank

@@ -21,7 +21,7 @@ def refuse_unasked(folder: Path, trust: bool) -> None:
         base = _json(folder / ADAPTER).get("base_model_name_or_path")
         raise ModelError(
             f"{folder}: holds an adapter ({ADAPTER}, made for {base!r}), whose base would be loaded with it; expected "
-            "a whole model: merge the adapter into its base and save that (PEFT: merge_and_unload), or remove it"
+            "a whole model: merge the adapter into its base (PEFT: merge_and_unload) and save that, or remove it"
         )
     for index in sorted(folder.glob("*.index.json")):
         shards = _json(index).get("weight_map")

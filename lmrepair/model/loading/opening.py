@@ -34,7 +34,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Net:
-    """Load a causal language model: a folder, a GGUF file, a hub name, a model object, or (default) the embedded one.
+    """Load a causal LM: a folder, a GGUF file, a hub name, a model object, or (by default) the embedded one.
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
     cuda:1, …, or auto (cuda where there is one). Weights come from safetensors or GGUF only, and no code of

@@ -1,4 +1,4 @@
-"""Statistics of reference text: what is read, the moments of what flows through the layers, kept in few bytes on disk."""
+"""Statistics of reference text: what is read, the moments of what flows through the layers, kept in few bytes."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _texts(ids: Tensor | None, count: int, length: int) -> list[Tokens]:
 
 
 def _packed(statistics: Statistics) -> Packed:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for part, moments in (("inputs", statistics.inputs), ("outputs", statistics.outputs)):
         for layer in moments:
             tensors |= {f"{part}.{layer}.{name}": piece for name, piece in pack(moments[layer]).items()}
@@ -164,7 +164,7 @@ def _kept(file: _File, net: Net, kinds: Kinds) -> Packed | None:
     if found is None:
         return None
     tensors, record = found
-    wanted = {}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for layer, both in kinds.items():
         for part, kind, width in zip(("inputs", "outputs"), both, (net.widths[layer], net.hidden), strict=True):
             wanted |= {f"{part}.{layer}.{name}": form for name, form in shapes(kind, width).items()}
@@ -224,5 +224,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -37,7 +37,7 @@ def pack(moment: Moment) -> dict[str, Tensor]:
     found = {"diagonal": diagonal}
     sizes = diagonal.clamp(min=1e-38).sqrt()
     for number, rows in enumerate(strips(len(diagonal))):
-        part = moment.values[rows, rows.start :] / sizes[rows, None] / sizes[rows.start :]
+        part = moment.values[rows, rows.start :] / (sizes[rows, None] * sizes[rows.start :])
         found[f"strip.{number}"] = (part * STEPS).round_().clamp_(-STEPS, STEPS).to(torch.int16)
     return found
 
@@ -52,8 +52,7 @@ def unpack(packed: Packed) -> Moment:
     sizes = diagonal.sqrt()
     values = torch.empty(len(diagonal), len(diagonal))
     for number, rows in enumerate(strips(len(diagonal))):
-        part = packed[f"strip.{number}"].float()
-        part.mul_(sizes[rows, None] / STEPS).mul_(sizes[rows.start :])
+        part = packed[f"strip.{number}"].float().div_(STEPS).mul_(sizes[rows, None] * sizes[rows.start :])
         values[rows.start :, rows] = part.T
         values[rows, rows.start :] = part
     values.diagonal().copy_(diagonal)

@@ -96,7 +96,7 @@ class Sums:
 
     def _slopes(self, seen: Tensor) -> Tensor:
         """The gradient of the loss of sampled tokens where the head reads, a block of positions at a time."""
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(seen), self.head.positions):
             part = seen[start : start + self.head.positions].detach().requires_grad_()
             logits = self.head.logits(part).float()
@@ -132,7 +132,7 @@ class Sums:
             for layer, one in sums.items():
                 names = (f"{part}.{layer}.{number}" for number in range(len(state)))
                 device = "cpu" if one.kind == "sampled" else self.net.device
-                one.parts = [state[name].to(device) for name in names if name in state]
+                one.parts = [state[name].to(device, copy=True) for name in names if name in state]
 
 
 def kind_for(asked: str, width: int) -> str:

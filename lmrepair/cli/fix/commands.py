@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmrepair.checks import Checker, Forbidden, Limits, Task, read_tasks, strongest
+from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text, show
 from lmrepair.cli.options import (
     Device,
     Dtype,
@@ -24,7 +24,7 @@ from lmrepair.cli.options import (
     chosen_method,
     refuse_unwritable,
 )
-from lmrepair.cli.output import check_data, check_text, fix_data, fix_text, progress_bars
+from lmrepair.cli.output import progress_bars
 from lmrepair.errors import UsageError
 from lmrepair.methods import DEFAULT, METHODS
 
@@ -103,7 +103,7 @@ def check(
             name, done = net.name, runs(net, rows, checker, length, progress)
             found, texts = [run.verdict for run in done], [run.written.completion for run in done]
     data = check_data(name, checker.sandbox.kind, rows, texts, found)
-    _show(data, check_text(data), as_json)
+    show(data, check_text(data), as_json)
     raise typer.Exit(0 if data["passing"] == data["tasks"] else 1)
 
 
@@ -163,7 +163,7 @@ def fix(
     if patch is not None:
         patch.save(target)
     data = fix_data(net.name, checker.sandbox.kind, result, str(target) if patch is not None else None)
-    _show(data, fix_text(data), as_json)
+    show(data, fix_text(data), as_json)
     raise typer.Exit(0 if result.all_right else 1)
 
 
@@ -218,10 +218,3 @@ def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) ->
 
     torch.manual_seed(seed)
     return load(model, device=device, dtype=dtype, trust_remote_code=trust)
-
-
-def _show(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(data, ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo("\n".join(lines))

@@ -1,0 +1,22 @@
+"""The commands about patches: into model folders and out again, to servers, together and apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmrepair import door
+
+if TYPE_CHECKING:
+    from lmrepair.cli.patches.folders import apply as apply, revert as revert
+    from lmrepair.cli.patches.parts import compose as compose, diff as diff
+    from lmrepair.cli.patches.serve import (
+        Adapter as Adapter,
+        BaseFile as BaseFile,
+        Engine as Engine,
+        Rank as Rank,
+        export as export,
+        verify_served as verify_served,
+    )
+    from lmrepair.cli.patches.trouble import bisect as bisect, conflicts as conflicts
+
+__getattr__, __dir__ = door(__name__)

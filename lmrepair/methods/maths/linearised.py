@@ -1,0 +1,253 @@
+"""What the steps of a minimum-KL solve share: margins with their whitened gradients, among the directions allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lmrepair.methods.maths.dual import gram, kernel
+from lmrepair.methods.maths.margins import Factors
+from lmrepair.methods.maths.spans import directions, shared_out
+from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites
+
+AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
+CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
+PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
+STAY = 0.5  # share of its margin that a position keeps that was right
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a solved change uses of a layer: ``near`` z C⁻¹ [T, k], ``seen`` z C⁻¹ zᵀ [T, T], N ``mixed`` and
+    N F⁻¹ ``white`` [T, d], as in ``spans.py``.
+    """
+
+    near: Tensor
+    seen: Tensor
+    mixed: Tensor
+    white: Tensor
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Margins [N] near a state of the model, and where it may be changed.
+
+    ``columns``: layer → neurons of the sites [k]; ``places``: which of them are written to; ``inputs``: the
+    metric there. ``spans``: layer → U [k, r], orthonormal under C, where a change is U X; without, it is any.
+    ``parts``: layer → X [r, d] so far, on top of ``before``, what was there at the start.
+    Margins below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened gradients of
+    each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and ``short`` by how
+    much the last step, number ``steps``, was to raise the margin that lacked most.
+    """
+
+    metric: Metric
+    columns: Mapping[int, Tensor]
+    places: Mapping[int, Tensor]
+    inputs: Mapping[int, Inverse]
+    spans: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: Mapping[int, Tensor] = field(default_factory=dict)
+    before: Mapping[int, Delta] = field(default_factory=dict)
+    aims: Tensor = field(default_factory=lambda: torch.zeros(0))
+    floors: Tensor = field(default_factory=lambda: torch.zeros(0))
+    items: tuple[Factors, ...] = ()
+    system: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    short: float = 0.0
+    steps: int = 0
+
+    @staticmethod
+    def of(metric: Metric, columns: Mapping[int, Tensor], places: Mapping[int, Tensor] | None = None) -> Linearised:
+        """Nothing read yet; ``places``: layer → indices into the sites' neurons (default: all)."""
+        chosen = places or {layer: torch.arange(len(columns[layer])) for layer in columns}
+        inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
+        return Linearised(metric, columns, chosen, inverses)
+
+    def aimed(self, gap: Tensor, margin: float, asked: float) -> Linearised:
+        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that."""
+        aim = AIM * margin + SPARE
+        right = gap < -asked
+        aims = (-gap).clamp(max=aim).where(right, aim)
+        return replace(self, aims=aims, floors=(aims * STAY).where(right, margin).clamp(max=margin))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that are written to."""
+        return tuple(sorted(self.spans or self.places))
+
+    def among(self, sites: Sites) -> Sites:
+        return Sites({layer: sites.columns[layer] for layer in self.layers})
+
+    @property
+    def rows(self) -> Tensor:
+        """The positions whose margins are linearised, [n]."""
+        return torch.cat([item.rows for item in self.items])
+
+    def rise(self, gap: Tensor) -> Tensor:
+        """By how much the linearised margins are to rise, [n]; negative where there is room."""
+        return (self.aims + gap)[self.rows].double()
+
+    def raised_by(self, deltas: Mapping[int, Delta]) -> Tensor:
+        """By how much the change so far (with spans: that in them) raises the linearised margins, [n]."""
+        through = {layer: self._through(layer, deltas) for layer in self.layers}
+        found = []
+        for item in self.items:
+            raised = [
+                torch.einsum("std,td->s", g, item.inputs[layer] @ through[layer]) for layer, g in item.slopes.items()
+            ]
+            found.append(torch.stack(raised).double().sum(dim=0))
+        return torch.cat(found)
+
+    def _through(self, layer: int, deltas: Mapping[int, Delta]) -> Tensor:
+        """C Δ F, in the spans X F."""
+        if self.spans:
+            return self.metric.statistics.outputs[layer].damped(self.parts[layer], self.metric.damping)
+        places, delta = self.places[layer], deltas[layer]
+        assert isinstance(delta, Tensor)
+        return self.metric.through(layer, self.columns[layer].cpu()[places], delta[places])
+
+    def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
+        """Which positions are open now, and of which gradients are read anew.
+
+        That is: of failures with open positions, unless little is missing where it was read before, all
+        that are below their aims, so that none is lost again; of a failure alone, at first, the open ones.
+        """
+        opened = ~(preference.gap < -self.floors[part])
+        near = ~(preference.gap < -self.aims[part])
+        known = torch.zeros(len(self.floors), dtype=torch.bool, device=opened.device)
+        if self.items:
+            known[self.rows] = True
+        missing = self.aims[part] + preference.gap
+        stale = opened & ~(known[part] & (missing < CLOSE * self.short))
+        failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
+        failures[batch.owner[stale]] = True
+        few = len(self.items) == 1 and self.steps <= PATIENCE
+        return opened, (opened if few else near) & failures[batch.owner]
+
+    def linearised(self, factors: Sequence[Factors]) -> Linearised:
+        """With some failures read anew: their gradients take the place of the old ones, in the system too."""
+        fresh = [self.restrict(item) for item in factors]
+        white = [self.whiten(item) for item in fresh]
+        again = {item.first for item in factors}
+        kept = [item for item in self.items if item.first not in again]
+        corner = gram(fresh, white)
+        if not kept:
+            return replace(self, items=tuple(white), system=corner)
+        side = kernel(kept, fresh)
+        stays = torch.cat(
+            [torch.full_like(item.rows, item.first not in again, dtype=torch.bool) for item in self.items]
+        )
+        old = self.system[stays][:, stays]
+        return replace(
+            self, items=(*kept, *white), system=torch.cat([torch.cat([old, side], 1), torch.cat([side.T, corner], 1)])
+        )
+
+    def restrict(self, item: Factors) -> Factors:
+        return replace(
+            item,
+            inputs={layer: self.seen(layer, item.inputs[layer]) for layer in self.layers},
+            slopes={layer: item.slopes[layer] for layer in self.layers},
+        )
+
+    def whiten(self, item: Factors) -> Factors:
+        """z C⁻¹ and g F⁻¹."""
+        return replace(
+            item,
+            inputs={layer: self.near(layer, z) for layer, z in item.inputs.items()},
+            slopes={layer: self.metric.outputs[layer].apply(g) for layer, g in item.slopes.items()},
+        )
+
+    def seen(self, layer: int, z: Tensor) -> Tensor:
+        """Coefficients [T, sites' k] as a change of this state sees them: [T, k], with spans z U [T, r]."""
+        places = self.places[layer]
+        chosen = z if len(places) == z.shape[1] else z[:, places.to(z.device)]
+        return chosen @ self.spans[layer] if self.spans else chosen
+
+    def near(self, layer: int, z: Tensor) -> Tensor:
+        """The same times C⁻¹; in the spans C is the identity."""
+        return z if self.spans else self.inputs[layer].apply(z)
+
+    def changes(self, weights: Tensor) -> dict[int, Tensor]:
+        """Layer → the change [k, d] (with spans [r, d]) that weights [n] of the linearised margins stand for."""
+        found: dict[int, Tensor] = {}
+        for weight, item in zip(weights.split([len(item.rows) for item in self.items]), self.items, strict=True):
+            for layer in self.layers:
+                part = item.inputs[layer].T @ torch.einsum("s,std->td", weight, item.slopes[layer])
+                found[layer] = found[layer] + part if layer in found else part
+        return found
+
+    def used(self, factors: Sequence[Factors], weights: Tensor) -> dict[int, Used]:
+        """What the change of ``weights`` uses; ``factors`` are the items as they were read."""
+        shares = weights.split([len(item.rows) for item in self.items])
+        raw = [self.restrict(item) for item in factors]
+        found = {}
+        for layer in self.layers:
+            near = torch.cat([item.inputs[layer] for item in self.items])
+            seen = torch.cat([item.inputs[layer] for item in raw]) @ near.T
+            mixed, white = (
+                torch.cat(
+                    [
+                        torch.einsum("s,std->td", share, item.slopes[layer])
+                        for share, item in zip(shares, items, strict=True)
+                    ]
+                )
+                for items in (raw, self.items)
+            )
+            found[layer] = Used(near, seen, mixed, white)
+        return found
+
+    def spanned(self, used: Mapping[int, Used], deltas: Mapping[int, Delta], rank: int, room: int) -> Linearised:
+        """Among the directions worth most alone, at most ``rank`` a layer and ``room`` numbers of factors in all.
+
+        ``deltas``: the change that is there already. What was linearised has to be linearised again.
+        """
+        found = {layer: directions(item.seen, item.mixed, item.white) for layer, item in used.items()}
+        sizes = {layer: item.near.shape[1] + item.white.shape[1] for layer, item in used.items()}
+        counts = shared_out({layer: worth for layer, (worth, _) in found.items()}, sizes, rank, room)
+        spans = {
+            layer: (used[layer].near.T.double() @ found[layer][1][:, :count]).float() for layer, count in counts.items()
+        }
+        before = {layer: deltas[layer] for layer in spans if _moves(deltas[layer])}
+        return replace(self, items=(), spans=spans, before=before)
+
+    def resumed(self, deltas: Mapping[int, Delta]) -> Linearised:
+        """Among the directions of factors that are there already, if there are any."""
+        spans: dict[int, Tensor] = {}
+        parts: dict[int, Tensor] = {}
+        for layer, delta in deltas.items():
+            if isinstance(delta, Product) and delta.rank:
+                left, right = delta.factors()
+                moment = self.metric.statistics.inputs[layer].at(self.columns[layer])
+                sizes = (moment.damped(left, self.metric.damping) * left).sum(dim=1, keepdim=True).sqrt()
+                spans[layer], parts[layer] = (left / sizes).T, sizes * right.T
+        return replace(self, spans=spans, parts=parts)
+
+    def released(self) -> Linearised:
+        """With the change so far left as it is, and any direction open again."""
+        if not self.spans:
+            return self
+        return replace(self, spans={}, parts={}, items=(), system=torch.zeros(0, 0, dtype=torch.float64))
+
+    def moved(self, changes: Mapping[int, Tensor], keep: float) -> Linearised:
+        """With a change in the spans added to ``keep`` of that so far."""
+        parts = {
+            layer: keep * self.parts[layer] + change if layer in self.parts else change
+            for layer, change in changes.items()
+        }
+        return replace(self, parts=parts)
+
+    def deltas(self) -> dict[int, Delta]:
+        """Layer → the whole change, of the layers that have a span."""
+        found: dict[int, Delta] = {}
+        for layer, part in self.parts.items():
+            product, before = Product.of(self.spans[layer].T, part), self.before.get(layer)
+            if isinstance(before, Tensor):
+                found[layer] = before + product.dense().float()
+            else:
+                found[layer] = before.plus(product) if before is not None else product
+        return found
+
+
+def _moves(delta: Delta) -> bool:
+    return delta.rank > 0 if isinstance(delta, Product) else bool(delta.any())

@@ -1,0 +1,230 @@
+"""Adapters against the engines that read them: PEFT to 1e-5 in the logits, llama.cpp token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import oracle_models
+import pytest
+import torch
+from oracle_models import FAILURES, LAYERS, WIDTH, State
+
+from lmrepair import MinKl, Net, Patch, PatchError, Reference, Star, UsageError, WrongModelError, repair
+from lmrepair.patch import (
+    Factors,
+    Modules,
+    answers,
+    chosen,
+    exact,
+    held,
+    held_whole,
+    holding,
+    known_architecture,
+    llama_cpp,
+    peft_on,
+    read_base,
+    save_gguf,
+    save_peft,
+)
+
+TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
+WIDTHS = dict.fromkeys(range(LAYERS), WIDTH)
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'lmrepair[gguf]'")
+
+
+@cache
+def made(kind: str, method: str) -> bytes:
+    net = oracle_models.net(kind)
+    star = Star(share="1/4", layers="1/2", learning_rate=0.1, epochs=200, margin=0.1)
+    result = repair(net, FAILURES[:3], star if method == "star" else MinKl(), TEXT)
+    assert result.patch is not None
+    assert result.repaired > 0
+    return result.patch.serialise()
+
+
+@pytest.fixture(params=[("llama", "star"), ("llama", "minkl"), ("gpt2", "minkl")], ids=lambda param: "-".join(param))
+def patched(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Net, Patch]]:
+    """A net without its patch, and the patch."""
+    kind, method = request.param
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(made(kind, method))
+    net = oracle_models.net(kind)
+    before = State.of(net)
+    yield net, Patch.load(path)
+    assert not before.changed(net)
+
+
+def logits(net: Net, patch: Patch) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([net.logits(batch) for batch in net.batches([item.tokens for item in patch.items])])
+
+
+def change(factors: Factors, layer: int) -> torch.Tensor:
+    a, b = (part.double() for part in factors.layers[layer])
+    return b @ a
+
+
+def test_factors_are_the_patch(patched: tuple[Net, Patch]) -> None:
+    net, patch = patched
+    factors = exact(patch, WIDTHS)
+    for layer, part in patch.changes.items():
+        dense = torch.zeros(net.hidden, WIDTH, dtype=torch.float64)
+        dense[:, part.columns] = part.deltas.double().T
+        assert (change(factors, layer) - dense).abs().max() <= 2e-6 * dense.abs().max()
+        assert factors.ranks[layer] <= torch.linalg.matrix_rank(dense, rtol=1e-9)
+        for rank in (1, 3):
+            left, values, right = torch.linalg.svd(dense)
+            nearest = left[:, :rank] * values[:rank] @ right[:rank]
+            assert (change(factors.cut(rank), layer) - nearest).norm() <= 1e-5 * dense.norm()
+    assert {len(a) for a, _ in factors.padded(40).layers.values()} == {40}
+    assert torch.equal(change(factors.padded(40), layer), change(factors, layer))
+    assert factors.served().rank in (1, 8, 16, 32, 64)
+    with pytest.raises(UsageError, match="too small"):
+        factors.padded(factors.rank - 1)
+    with pytest.raises(PatchError, match="the model has none such"):
+        exact(patch, dict.fromkeys(range(LAYERS), 3))
+
+
+def test_peft_gives_the_patched_models_logits_and_texts(patched: tuple[Net, Patch], tmp_path: Path) -> None:
+    net, patch = patched
+    pytest.importorskip("peft", reason="needs PEFT: pip install 'lmrepair[lora]'")
+    with patch.on(net):
+        wanted = logits(net, patch)
+    for name, factors in (("own", exact(patch, WIDTHS)), ("padded", exact(patch, WIDTHS).served())):
+        config = save_peft(factors, Modules.of(net), tmp_path / name)
+        assert config["fan_in_fan_out"] == (net.name == "tiny-gpt2")
+        with peft_on(net, tmp_path / name):
+            assert (logits(net, patch) - wanted).abs().max() < 1e-5
+            found = holding(patch, 0, *answers(net, patch))
+        assert not found.lost
+        assert found.claimed > 0
+    assert (logits(net, patch) - wanted).abs().max() > 1e-2  # the adapter is gone, and it did something
+    with pytest.raises(UsageError, match="exists already"):
+        save_peft(factors, Modules.of(net), tmp_path / name)
+    save_peft(factors, Modules.of(net), tmp_path / name, force=True)
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_cut_patch_holds_what_it_says(patched: tuple[Net, Patch]) -> None:
+    net, patch = patched
+    whole = exact(patch, WIDTHS)
+    assert not held_whole(net, patch).lost
+    assert not held(net, patch, whole).lost
+    found = chosen(patch, WIDTHS, net, "least")
+    assert found.factors.rank <= whole.rank == found.whole
+    assert not held(net, patch, found.factors).lost
+    below = [one for one in found.tried if one.rank == found.factors.rank - 1]
+    assert found.factors.rank == 1 or below[0].lost
+    assert chosen(patch, WIDTHS, None, "exact").tried == ()
+    assert chosen(patch, WIDTHS, net, "1").factors.rank == 1
+    with pytest.raises(UsageError, match="expected exact, least or"):
+        chosen(patch, WIDTHS, net, "0")
+    if whole.rank > 8:  # a quarter of the hidden width
+        with pytest.raises(UsageError, match="name the float model"):
+            chosen(patch, WIDTHS, None, None)
+        assert chosen(patch, WIDTHS, net, None).tried
+
+
+def test_the_gguf_says_what_llama_cpp_reads(patched: tuple[Net, Patch], tmp_path: Path) -> None:
+    _, patch = patched
+    factors = exact(patch, WIDTHS)
+    path = tmp_path / "a.gguf"
+    save_gguf(factors, "llama", path)
+    reader = gguf.GGUFReader(path)
+    said = {name: reader.fields[name].contents() for name in ("general.type", "general.architecture", "adapter.type")}
+    assert said == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()).double() for tensor in reader.tensors}
+    assert len(tensors) == 2 * len(patch.changes)
+    for layer in patch.changes:
+        a, b = (tensors[f"blk.{layer}.ffn_down.weight.lora_{part}"] for part in "ab")
+        assert (alpha / len(a) * b @ a - change(factors, layer)).abs().max() < 1e-6  # as llama.cpp scales it
+    with pytest.raises(UsageError, match="exists already"):
+        save_gguf(factors, "llama", path)
+    assert [one.name for one in tmp_path.iterdir() if one.suffix == ".gguf"] == ["a.gguf"]
+
+
+def test_names_and_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no architecture 'lama' .did you mean 'llama'"):
+        known_architecture("lama")
+    patch = Patch.load(_write(tmp_path / "p", made("llama", "star")))
+    other = Patch.load(_write(tmp_path / "q", made("llama", "minkl")))
+    base = tiny_gguf(oracle_models.net("llama"), tmp_path / "base.gguf")
+    assert read_base(base, patch).architecture == "llama"
+    assert read_base(base, other).widths == WIDTHS
+    with pytest.raises(WrongModelError, match="not, in any quantisation"):
+        read_base(tiny_gguf(oracle_models.net("llama", seed=1), tmp_path / "other.gguf"), patch)
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(Exception, match="cannot be read as a model in GGUF"):
+        read_base(tmp_path / "no.gguf", patch)
+
+
+@pytest.mark.parametrize("stored", ["F32", "Q8_0"])
+def test_llama_cpp_writes_the_repaired_answers(stored: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'lmrepair[engines]'")
+    net = oracle_models.net("llama")
+    patch = Patch.load(_write(tmp_path / "p", made("llama", "minkl")))
+    base = tiny_gguf(net, tmp_path / "base.gguf", stored)
+    tokens = [item.tokens for item in patch.items]
+    if stored == "F32":  # the stand-in itself is right: llama.cpp writes what transformers writes
+        assert llama_cpp(base, None, tokens) == net.generate(tokens)
+    save_gguf(exact(patch, WIDTHS), read_base(base, patch).architecture, tmp_path / "a.gguf")
+    right = [True] * len(tokens)
+    before = holding(patch, 0, right, llama_cpp(base, None, tokens))
+    after = holding(patch, 0, right, llama_cpp(base, tmp_path / "a.gguf", tokens))
+    assert before.kept == 0
+    assert after.lost == ()
+
+
+def _write(path: Path, raw: bytes) -> Path:
+    path.write_bytes(raw)
+    return path
+
+
+def tiny_gguf(net: Net, path: Path, stored: str = "F32") -> Path:
+    """A tiny Llama as llama.cpp reads it: the converter's names, q and k permuted for its rotary pairs."""
+    config, state = net.model.config, net.model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    words = sorted(net.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    record = json.loads(net.tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([word for word, _ in words])
+    writer.add_token_types([3 if number < 2 else 1 for _, number in words])
+    writer.add_token_merges([" ".join(pair) for pair in record["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    kind = getattr(gguf.GGMLQuantizationType, stored)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+        if heads:
+            rows = tensor.shape[0] // heads // 2
+            tensor = tensor.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(tensor.shape)
+        place = names.get_name(name, try_suffixes=(".weight",))
+        data = tensor.float().contiguous().numpy()
+        if tensor.dim() == 2 and data.shape[1] % 32 == 0:
+            writer.add_tensor(place, gguf.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(place, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
