@@ -29,6 +29,7 @@ from lmrepair.model.loading.consent import refuse_unasked
 from lmrepair.model.loading.header import read_header
 from lmrepair.patch import save_model
 
+STAR = Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1, max_probe_kl=1e9)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -114,7 +115,7 @@ def test_a_patch_remembers_the_file(tmp_path: Path) -> None:
         (Net(oracle_models.model(), oracle_models.tokenizer(), "tiny", source), source.data()),
         (oracle_models.net(), {}),
     ):
-        made = repair(net, FAILURES[:1], Star(learning_rate=0.1))
+        made = repair(net, FAILURES[:2], STAR)
         assert made.patch is not None
         made.patch.save(tmp_path / "patch")
         assert Patch.load(tmp_path / "patch").made.source == said
