@@ -12,8 +12,7 @@ import argparse
 import ast
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from statistics import mean, median
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from lmrepair import Failure, Method, Net, Repair, diagnose, load, read_failures, repair_each
-from lmrepair.failures import Reference, Template, named, read_kinds
+from lmrepair.failures import Reference, named, read_kinds
 from lmrepair.measure import measure_drift
 from lmrepair.methods import method_named
 
@@ -67,18 +66,12 @@ def _value(text: str) -> Any:
     return text if isinstance(value, int) and text == "1" else value
 
 
-def _failing(net: Net, spec: str) -> Any:
+def _failing(net: Net, spec: str) -> Iterator[Failure]:
     path, _, template = spec.partition(":")
-    wrap = Template.parse(template.replace("\\n", "\n")) if template else None
-    for row in read_failures(path):
-        wrapped = replace(wrap.wrap(row), paraphrases=tuple(_worded(wrap, row))) if wrap else row
-        (found,) = diagnose(net, [wrapped])
+    for row in read_failures(path, template or None):
+        (found,) = diagnose(net, [row])
         if found.mistakes:
-            yield wrapped
-
-
-def _worded(wrap: Template, row: Failure) -> list[str]:
-    return [wrap.wrap(replace(row, prompt=text, paraphrases=())).prompt for text in row.paraphrases]
+            yield row
 
 
 def _reference(net: Net, tokens: int) -> Reference:
@@ -91,7 +84,7 @@ def _measured(net: Net, row: Failure, result: Repair, reference: Reference) -> d
         "repaired": bool(result.repaired), "steps": result.cost.steps, "fe": round(result.cost.forward_equivalents, 1),
         "kl": 0.0, "reason": result.outcomes[0].reason[:160],
     }  # fmt: skip
-    worded = [Failure(text, row.target, str(at)) for at, text in enumerate(row.paraphrases)]
+    worded = [Failure(str(text), row.target, str(at)) for at, text in enumerate(row.paraphrases)]
     if worded:
         found["wordings_before"] = _preferred(net, worded)
         found["wordings"] = found["wordings_before"]

@@ -154,7 +154,7 @@ def spans(deltas: Sequence[Tensor], c: Sequence[Tensor], f: Sequence[Tensor], ra
         root, back = (frame * sizes**power @ frame.T for power in (0.5, -0.5))
         wide, turn = torch.linalg.eigh(outside)
         left, values, _ = torch.linalg.svd(root @ delta @ (turn * wide**0.5 @ turn.T))
-        kept = min(rank, int((values > 1e-6 * values[0]).sum()))
+        kept = min(rank, int((values > 1e-3 * values[0]).sum()))
         found.append(back @ left[:, :kept])
     return found
 

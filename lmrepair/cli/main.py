@@ -6,6 +6,7 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -34,10 +35,15 @@ app = typer.Typer(
 )
 
 DEBUG = "--debug"
+# Threads that wait for others sleep instead of spinning: beside another busy process, spinning takes the processor
+# from the very thread that is waited for. OpenMP reads it when torch is imported; what the user has set stays.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on standard error."""
+    for name, value in PATIENT.items():
+        os.environ.setdefault(name, value)
     given = sys.argv[1:]
     arguments = [argument for argument in given if argument != DEBUG]
     sys.exit(guarded(lambda: _run(arguments), debug=len(arguments) < len(given)))

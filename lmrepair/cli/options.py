@@ -96,6 +96,10 @@ _OWN_TEXTS = "How many texts the model writes for that (default: 64); 0: the tex
 _WORDINGS = "Other wordings, solved together with the failures"
 _PARAPHRASES = "The paraphrases that the failures come with."
 _PREFIXES = "N texts that the model writes by itself, each before every prompt."
+_DRIFT = (
+    "quick: read reference text as far as it decides whether KL is within the limit; full: read all of it. The record "
+    "says how many tokens were read."
+)
 _MEMORY = "An earlier patch whose repairs must still hold where they hold now; repeatable."
 
 
@@ -167,6 +171,7 @@ def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
         "own_texts": Annotated[int | None, typer.Option(min=0, metavar="N", help=_OWN_TEXTS, show_default=False)],
         "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
         "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
+        "drift": Annotated[str, typer.Option(help=_DRIFT, rich_help_panel=_GATE)],
         "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],
         "template": Wrap,
         "chat": Chat,

@@ -80,6 +80,7 @@ def repair(
     max_kl: float | None = None,
     protect: Path | None = None,
     memory: list[Path] | None = None,
+    drift: str = "quick",
     template: str | None = None,
     chat: bool = False,
     end_turn: bool = True,
@@ -115,10 +116,10 @@ def repair(
     with progress_bars() as progress:
         if alone:
             repairs, sizes, drifts, saved = repair_alone(
-                net, rows, chosen, text, target, progress, gate, known, wordings
+                net, rows, chosen, text, target, progress, gate, known, wordings, drift
             )
         else:
-            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings)]
+            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings, drift)]
             patches = [one.patch for one in repairs if one.patch is not None]
             sizes = [PatchSize.of(patch) for patch in patches]
             drifts = [one.drift for one in repairs if one.drift is not None]

@@ -28,8 +28,11 @@ def repair_alone(
     gate: Gate | None = None,
     statistics: Statistics | None = None,
     wordings: Wordings | None = None,
+    drift: str = "quick",
 ) -> tuple[list[Repair], list[PatchSize], list[Drift], bool]:
     """Repair each failure from the untouched net; patches that repair go into the folder ``target``.
+
+    ``drift`` says how a gate measures KL; what is reported is measured on all of the reference.
 
     Gives the repairs (without their patches), sizes and drifts of all patches made, and whether any was saved.
     """
@@ -38,7 +41,7 @@ def repair_alone(
     drifts: list[Drift] = []
     held: list[Repair] = []
     saved = 0
-    for one in repair_each(net, rows, method, statistics=statistics, gate=gate, wordings=wordings):
+    for one in repair_each(net, rows, method, statistics=statistics, gate=gate, wordings=wordings, drift=drift):
         made.append(replace(one, patch=None))
         progress("repairs", len(made), len(rows))
         if one.patch is not None:
@@ -47,8 +50,8 @@ def repair_alone(
         if held and (len(made) == len(rows) or sum(size.bytes for size in sizes[-len(held) :]) > HELD):
             patches = [item.patch for item in held if item.patch is not None]
             found = measure_drift(net, patches, reference, lambda done, total: progress("drift", done, total))
-            for item, drift in zip(held, found, strict=True):
-                patch = with_drift(item, drift, reference).patch
+            for item, one_drift in zip(held, found, strict=True):
+                patch = with_drift(item, one_drift, reference).patch
                 if target is not None and item.repaired and patch is not None:
                     saved += 1
                     patch.save(target / f"{saved:04d}-{_file_name(item.outcomes[0].tokens.id)}.safetensors")

@@ -24,7 +24,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 def every_basis(head: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Bases]:
-    made = Bases.factored(head, torch.ones(head.shape[1], dtype=torch.float64) if gain is None else gain.double())
+    made = Bases(head, torch.ones(head.shape[1], dtype=torch.float64) if gain is None else gain.double())
     return made[torch.arange(len(head))], made
 
 
@@ -132,7 +132,7 @@ def test_bases_keep_the_head_as_it_is_stored() -> None:
 
 def test_steers_lead_from_said_to_wanted() -> None:
     head = noise(300, 12)
-    made = Bases.factored(head, torch.ones(12, dtype=torch.float64))
+    made = Bases(head, torch.ones(12, dtype=torch.float64))
     wanted, said = torch.tensor([5, 5, 9, 250]), torch.tensor([9, 7, 5, 250])
     found = made.steers(wanted, said)
     assert off(found, oracle.steers(head, wanted.tolist(), said.tolist())) < 1e-6

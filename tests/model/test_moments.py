@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from lmrepair import UsageError
-from lmrepair.model.moments import KINDS, Metric, Moment, Statistics
+from lmrepair.model.moments import KINDS, Metric, Moment, OnDemand, Statistics
 
 WIDTH = 12
 
@@ -141,3 +141,35 @@ def test_the_metric_holds_the_inverses_and_restricts_them_to_neurons() -> None:
             metric.restricted(layer, columns).apply(torch.eye(3)), torch.linalg.inv(oracle.damped(part, 0.02)), 1e-4
         )
         assert near(metric.restricted(layer, torch.arange(WIDTH)).apply(eye), dense_inverse(c[layer], 0.02), 1e-4)
+
+
+def test_inverses_are_made_when_they_are_asked_for_and_once() -> None:
+    asked: list[int] = []
+
+    def make(layer: int) -> Moment:
+        asked.append(layer)
+        return moment("full", layer)
+
+    found = OnDemand(range(3), make)
+    assert (len(found), list(found), asked) == (3, [0, 1, 2], [])
+    assert found[1] is found[1]
+    assert asked == [1]
+    assert found.known(1) is found[1]
+    assert found.known(2) is None
+    with pytest.raises(KeyError):
+        found[3]
+    statistics = Statistics(OnDemand(range(3), make, keep=False), found, "test", 1)
+    del asked[:]
+    metric = Metric.of(statistics, 0.02)
+    assert not asked
+    whole = metric.restricted(2, torch.arange(WIDTH))
+    assert metric.restricted(2, torch.arange(WIDTH)) is whole is metric.inputs[2]
+    assert set(asked) == {2}
+
+
+def test_a_moment_that_rounding_left_short_of_positive_is_damped_more() -> None:
+    values = torch.eye(WIDTH)
+    values[0, 1] = values[1, 0] = 1.005
+    found = Moment("full", values).inverse(1e-3).apply(torch.eye(WIDTH)).double()
+    assert bool(found.isfinite().all())
+    assert near(found, torch.linalg.inv(values.double() + 1e-2 * torch.eye(WIDTH)), 1e-3)
