@@ -1,13 +1,29 @@
-"""A patch of neurons turned into one of whole layers as factors, for a net without it."""
+"""Patches for tests of what is done with patches: made up, without a repair; and as factors of whole layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from lmrepair import Net, Patch
-from lmrepair.model import LowRank, Product, fingerprint
+from lmrepair import Failure, Net, Patch
+from lmrepair.model import Change, LowRank, Product, fingerprint
+from lmrepair.patch import Item, Made
+
+
+def made_up(net: Net, failures: Sequence[Failure], seed: int = 0, share: int = 4) -> Patch:
+    """A patch of random changes to one neuron in ``share`` of every layer, which says that it repairs the failures."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for layer, width in enumerate(net.widths):
+        columns = torch.randperm(width, generator=generator)[: width // share].sort().values
+        deltas = 0.1 * torch.randn(len(columns), net.hidden, generator=generator)
+        changes[layer] = Change(columns, deltas, net.columns(layer)[columns].clone())
+    found = zip(net.tokenize(failures), failures, strict=True)
+    items = tuple(Item(tokens, one.prompt or "", one.target, True, (), ()) for tokens, one in found)
+    prints = fingerprint(net, {layer: change.columns for layer, change in changes.items()})
+    return Patch(changes, items, Made(net.name, "made up", {}, {}, {}), prints)
 
 
 def factored(net: Net, patch: Patch, rank: int = 6) -> Patch:

@@ -24,8 +24,12 @@ BESIDE = ("benchmarks", "docs", "README.md")  # what tests read besides the pack
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "failures": (["lmrepair/failures/*.py"], ["tests/failures"]),
     "maths": (
-        ["lmrepair/methods/maths/*.py"],
-        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins", "minkl")],
+        [f"lmrepair/methods/maths/{name}.py" for name in ("basis", "closed_form", "margins")],
+        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins")],
+    ),
+    "minkl": (
+        [f"lmrepair/methods/maths/{name}.py" for name in ("dual", "direct_path", "tail", "optimiser")],
+        ["tests/methods/test_minkl.py", "tests/methods/test_mint.py"],
     ),
     "methods": (["lmrepair/methods/*.py", "lmrepair/methods/keyed/*.py"], ["tests/methods"]),
     "patch": (["lmrepair/patch/*.py"], ["tests/patch"]),

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmrepair import Failure, Net, Reference
+from lmrepair import Failure, Net, Reference, Star
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 HIDDEN, WIDTH, LAYERS = 32, 48, 3
@@ -28,6 +28,11 @@ FAILURES = [
     Failure("say", " hi", "say"),
     Failure("what is the length of the list called names?", " len(names)\n", "length"),
 ]
+
+
+def bold_star(**settings: Any) -> Star:
+    """STAR with steps of a stated size and nobody watching: these models say little that a step would not change."""
+    return Star(**settings, max_probe_kl=float("inf"))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -44,6 +44,8 @@ def read_protected(
             raise FailuresError(
                 f"{row.where}: length is {shown}; expected how many tokens of the answer must stay, 1 or more"
             )
+        if row.values.get("target") == "":
+            raise FailuresError(f"{row.where}: the target is empty; expected what must come out, or no target at all")
         form = form_of(row.values, row.where, ("length",))
         failure = replace(read_failure(row, form, wanted=False), end_turn=end_turn)
         if "length" in row.values and failure.target:

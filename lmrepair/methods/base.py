@@ -135,8 +135,9 @@ class Method(ABC):
         """The change after one more step."""
 
     def settings(self) -> dict[str, Any]:
-        """The fields as plain values, as a patch records them."""
-        return {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        """The fields as plain values, as a patch records them; no limit is null."""
+        found = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return {name: None if value == float("inf") else value for name, value in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

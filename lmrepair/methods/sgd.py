@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmrepair.methods.base import Paced, Paces, Problem, Step, margin_needs_early
+from lmrepair.methods.base import Paced, Paces, Problem, Step, margin_needs_early, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd(Paced):
-    """10 gradient steps with learning rate 0.01 on all FFN output projections, unless set otherwise."""
+    """10 gradient steps on all FFN output projections, unless set otherwise."""
 
     name: ClassVar[str] = "sgd"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"learning_rate": 0.01, "epochs": 10, "early": False, "mode": "batch"},
     }
+
+    early: bool = setting(False, "stop as soon as every position is preferred")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,16 +7,16 @@ import copy
 import oracle
 import oracle_models
 import pytest
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
 import lmrepair.bench.in_turn as module
-from lmrepair import Failure, FailuresError, Reference, Sgd, Star, UsageError, evaluate, repair, repair_each
+from lmrepair import Failure, FailuresError, Reference, Sgd, UsageError, evaluate, repair, repair_each
 from lmrepair.bench.in_turn import cumulative
 from lmrepair.model.statistics import windows
 
 ONE = Reference("one", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
 TWO = Reference("two", ("select name from persons;", "{}"))
-STAR = Star(learning_rate=0.1)
+STAR = bold_star(learning_rate=0.1)
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)

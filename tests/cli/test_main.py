@@ -58,7 +58,9 @@ def test_the_whole_way(run: Run, failures: Path) -> None:
     assert found["failing"] == 2
     assert found["items"][0]["mistakes"][0]["wanted_text"]
 
-    code, out, err = run("repair", failures, "--output", "p.safetensors", "--json")
+    # So short that as much as decides is all of it: repair and verify read the same.
+    Path("text.txt").write_text("for name in names:\n    print(name)\n", encoding="utf-8")
+    code, out, err = run("repair", failures, "--reference", "text.txt", "--output", "p.safetensors", "--json")
     data = json.loads(out)
     assert (code, err) == (0, "")
     assert data["failures"] == data["failing"] == data["repaired"] == 2
@@ -71,7 +73,7 @@ def test_the_whole_way(run: Run, failures: Path) -> None:
     assert data["cost"]["seconds"] > 0 < data["cost"]["forward_equivalents"]
     assert [(item["id"], item["repaired"], item["after"]) for item in data["items"]] == [("a", True, 0), ("b", True, 0)]
 
-    code, out, _ = run("verify", "p.safetensors", "--json")
+    code, out, _ = run("verify", "p.safetensors", "--reference", "text.txt", "--json")
     checked = json.loads(out)
     assert code == 0
     assert checked["verified"] is True

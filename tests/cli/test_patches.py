@@ -9,9 +9,9 @@ from pathlib import Path
 import oracle_models
 import pytest
 from command import Run, write
-from oracle_models import FAILURES
+from oracle_models import FAILURES, bold_star
 
-from lmrepair import Patch, Reference, Star, repair
+from lmrepair import Patch, Reference, repair
 from lmrepair.patch import save_model
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
@@ -22,7 +22,7 @@ def patches() -> tuple[bytes, ...]:
     net = oracle_models.net()
     found = []
     for failure in FAILURES[:2]:
-        result = repair(net, [failure], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(net, [failure], bold_star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
         assert result.patch is not None
         result.patch.revert(net)
         found.append(result.patch.serialise())

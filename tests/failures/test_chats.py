@@ -117,6 +117,24 @@ def test_an_end_that_the_target_has_already_is_not_doubled() -> None:
     assert tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
 
 
+def test_the_space_before_an_answer_is_the_answers_whatever_stands_before_it() -> None:
+    tokenizer = with_template("{% for m in messages %}{{m.role + ' X ' + m.content + '\n'}}{% endfor %}")
+    found = rendered(chat(), tokenizer)
+    assert (found.prompt, found.target) == ("user X hi\nassistant X", " yes")
+
+
+def test_documents_reach_the_template() -> None:
+    tokenizer = with_template("{% for d in documents %}{{d.text}}{% endfor %}" + TURNS + PREFIX)
+    found = rendered(chat(chat_template_kwargs={"documents": [{"text": "a text"}]}), tokenizer)
+    assert found.prompt.startswith("a text<|im_start|>user")
+
+
+def test_calls_that_a_template_writes_elsewhere_are_no_answer() -> None:
+    template = "{% for m in messages %}{{m.content if m.role == 'user' else m.tool_calls}}{% endfor %}" + PREFIX
+    with pytest.raises(FailuresError, match="does not write the assistant's last turn behind its prompt"):
+        rendered(Failure("", "x", "row", messages=(ASK,), turn=CALL), with_template(template))
+
+
 def test_tools_and_their_calls_are_given_to_the_template_as_they_are() -> None:
     tokenizer = with_template(TOOL_TEMPLATE)
     found = rendered(chat(ASK, CALL, RESULT, tools=tuple(TOOLS)), tokenizer)

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import oracle_models
 import torch
+from factored import factored, made_up
 from oracle_models import FAILURES
 
-from lmrepair import LmrepairError, MinKl, Patch, Reference, Star, read_failures, read_reference, repair
+from lmrepair import LmrepairError, Patch, read_failures, read_reference
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 from lmrepair.patch.format import _stamp
 
-TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 WORDS = [
     b"0",
     b"-1",
@@ -85,13 +85,8 @@ def header_damaged(raw: bytes, chance: random.Random) -> bytes:
 def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
     """Name, a sound file, and what reads it."""
     net = oracle_models.net()
-    star = Star(share="1/16", learning_rate=0.1, epochs=200, margin=0.1)
-    patches = []
-    for method in (star, MinKl()):
-        result = repair(net, FAILURES[:1], method, TEXT)
-        assert result.patch is not None
-        result.patch.revert(net)
-        patches.append(result.patch.serialise())
+    patch = made_up(net, FAILURES[:1], share=16)
+    patches = [patch.serialise(), factored(net, patch).serialise()]
     net.model.save_pretrained(folder / "model", max_shard_size="20KB")
     shard = next((folder / "model").glob("*.safetensors"))
     rows = [

@@ -21,12 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import oracle_models
 import torch
+from factored import made_up
 from oracle_models import FAILURES
 
-from lmrepair import Patch, Reference, Star, repair
+from lmrepair import Patch
 from lmrepair.patch import Writing, rewrite, save_model
-
-TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 
 
 def digest(folder: Path) -> str:
@@ -59,9 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     chance = random.Random(given.seed)
     net = oracle_models.net("llama", dtype=torch.bfloat16)
-    result = repair(net, FAILURES[:1], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
-    assert result.patch is not None
-    result.patch.revert(net)
+    patch = made_up(net, FAILURES[:1])
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,18 +66,22 @@ def main() -> None:
             save_model(net, folder / "old")
         else:
             net.model.save_pretrained(folder / "old", max_shard_size="20KB")
-        rewrite(folder / "old", result.patch, False, folder / "new")
+        rewrite(folder / "old", patch, False, folder / "new")
+        start = time.perf_counter()
+        for revert in (False, True):  # how long a child needs to be somewhere in its work, on this machine and now
+            rewrite(folder / ("new" if revert else "old"), patch, revert, folder / "model", Writing(force=True))
+        span = (time.perf_counter() - start) / 2
         known = {digest(folder / "old"): "old", digest(folder / "new"): "new"}
         for at in range(given.kills):
             place = "in place" if at % 2 else "output"
             if not (folder / "model").exists():
-                rewrite(folder / "new", result.patch, True, folder / "model")
+                rewrite(folder / "new", patch, True, folder / "model")
             elif place == "in place" and known[digest(folder / "model")] == "new":
-                rewrite(folder / "model", result.patch, True, None)
+                rewrite(folder / "model", patch, True, None)
             child = os.fork()
             if child == 0:
-                work(folder, result.patch, place)
-            time.sleep(chance.uniform(0.0, 0.25))
+                work(folder, patch, place)
+            time.sleep(chance.uniform(0.0, 3 * span))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             if (folder / "error").exists():

@@ -14,7 +14,7 @@ import oracle_models
 import pytest
 import torch
 from command import ROWS, Run, write
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
 from lmrepair import (
     Failure,
@@ -26,7 +26,6 @@ from lmrepair import (
     Protected,
     Reference,
     Repair,
-    Star,
     UsageError,
     WrongModelError,
     read_protected,
@@ -42,8 +41,8 @@ from lmrepair.model.statistics import windows
 
 ONE = Reference("one", ("for i in range(10):\n    print(i)\n",))
 TWO = Reference("two", ("select name from persons;", "{}"))
-STAR = Star(learning_rate=0.1, epochs=100)
-STEADY = Star(learning_rate=0.03, epochs=400, share="1")
+STAR = bold_star(learning_rate=0.1, epochs=100)
+STEADY = bold_star(learning_rate=0.03, epochs=400, share="1")
 OPEN = Gate(math.inf, (ONE,))
 MORE = [
     Failure("name the largest of", " max(a)", "max"),
@@ -215,7 +214,7 @@ def test_earlier_repairs_hold_and_those_that_did_not_are_not_watched() -> None:
     """Two patches one after another: without memory the second breaks the first, with memory it does not."""
     net = oracle_models.net()
     untouched = State.of(net)
-    forgets = [Star(learning_rate=rate, epochs=100) for rate in (0.1, 0.3, 1.0)]
+    forgets = [bold_star(learning_rate=rate, epochs=100) for rate in (0.1, 0.3, 1.0)]
     for failure, method in [(failure, method) for method in forgets for failure in [*MORE, *FAILURES[1:]]]:
         first = repair(net, FAILURES[:1], STAR, ONE).patch
         assert first is not None
@@ -252,7 +251,7 @@ def test_memory_is_checked_even_where_the_solve_does_not_keep_it(monkeypatch: py
     between = State.of(net)
     real = loop._attempt
     monkeypatch.setattr(loop, "_attempt", lambda *arguments: real(*arguments[:5]))
-    wild, refused = Star(learning_rate=1.0, epochs=100), 0
+    wild, refused = bold_star(learning_rate=1.0, epochs=100), 0
     for failure in MORE:
         broke = repair(net, [failure], wild, ONE)
         lost = not says(net.model, first.items[0].tokens)
@@ -274,7 +273,7 @@ def test_what_is_called_repaired_holds_in_greedy_text_at_the_scale_that_is_kept(
     """Greedy text gives another answer as soon as the patch is not the one that was solved."""
     net = oracle_models.net()
     untouched = State.of(net)
-    method = Star(learning_rate=0.1, epochs=100, margin=1.0)
+    method = bold_star(learning_rate=0.1, epochs=100, margin=1.0)
     most = kl(net, solved(net, FAILURES[:2], method), 0.95, ONE)
     spoilt = net.tokenize(FAILURES[:1])[0]
     real, full = net.generate, []
@@ -390,7 +389,7 @@ def test_the_failure_that_contradicts_what_is_protected_is_left_out_and_the_othe
         repair(net, [other], STAR, ONE, gate=Gate(math.inf, (), (Protected(kept, 3),)))
     near = Failure("Say it now", " xyz", "against")
     gate = Gate(math.inf, (), tuple(Protected(Failure(text, "", text), 3) for text in NEAR))
-    result = repair(net, [*FAILURES[:3], near], Star(learning_rate=0.3, epochs=100), ONE, gate=gate)
+    result = repair(net, [*FAILURES[:3], near], bold_star(learning_rate=0.3, epochs=100), ONE, gate=gate)
     assert result.gate is not None
     assert result.gate.refused
     assert [outcome.repaired for outcome in result.outcomes[:3]] == [True] * 3
@@ -516,7 +515,7 @@ def test_a_limit_that_is_none_is_refused(value: float) -> None:
 BAD = {
     "no file": (None, "no such file"),
     "broken": (b'{"prompt": "a"}\n{"prompt": \n', "line 2: broken JSON"),
-    "no prompt": (b'{"prompt": "a"}\n\n{"promt": "a"}\n', "line 3: no prompt (is it 'promt'?)"),
+    "no prompt": (b'{"prompt": "a"}\n\n{"promt": "a"}\n', "line 3: unknown key 'promt' (did you mean 'prompt'?)"),
     "target": (b'{"prompt": "a", "target": 3}\n', "line 1: target is a number"),
     "empty target": (b'{"prompt": "a", "target": ""}\n', "line 1: the target is empty"),
     "length": (b'{"prompt": "a", "length": 0}\n', "line 1: length is 0; expected how many tokens"),

@@ -11,7 +11,7 @@ import oracle
 import oracle_models
 import pytest
 import torch
-from oracle_models import FAILURES, TEXT, State
+from oracle_models import FAILURES, TEXT, State, bold_star
 
 from lmrepair import Failure, FailuresError, Method, Net, Sgd, Star, diagnose, load, read_failures, repair
 from lmrepair.failures.tokens import Tokens
@@ -21,7 +21,7 @@ from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem, Step
 from lmrepair.patch.patch import Patch
 
-STAR = Star(learning_rate=0.1, epochs=200)
+STAR = bold_star(learning_rate=0.1, epochs=200)
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
@@ -29,7 +29,7 @@ STAR = Star(learning_rate=0.1, epochs=200)
 def test_together(kind: str, dtype: torch.dtype) -> None:
     net = oracle_models.net(kind, dtype=dtype)
     failures = [*FAILURES[:2], answered(net)]
-    result = repair(net, failures, Star(learning_rate=0.05, epochs=300, share="1"), TEXT)
+    result = repair(net, failures, bold_star(learning_rate=0.05, epochs=300, share="1"), TEXT)
     assert [outcome.failing for outcome in result.outcomes] == [True, True, False]
     assert (result.failing, result.repaired) == (2, 2)
     assert not any(outcome.after for outcome in result.outcomes)
@@ -121,7 +121,7 @@ def test_one_that_resists_does_not_cost_the_others() -> None:
     net = oracle_models.net()
     net.tokenizer.chat_template = "<s>{{ messages[0].content }}"
     chat = Failure("", " no", "chat", (), ({"role": "user", "content": FAILURES[2].prompt},))
-    result = repair(net, [*FAILURES[:3], chat], Star(learning_rate=0.1, epochs=60), TEXT)
+    result = repair(net, [*FAILURES[:3], chat], bold_star(learning_rate=0.1, epochs=60), TEXT)
     assert 2 <= result.repaired <= 3
     for outcome in result.outcomes:
         assert outcome.repaired == (not outcome.after)
@@ -241,13 +241,14 @@ def test_star_repairs_real_failures_together(shared: Path) -> None:
     assert result.repaired == result.failing > 5
 
 
+UNWATCHED = {"max_probe_kl": float("inf")}  # the probe's passes are its own
 # What one plain repair of one failure costs in passes: before the repair, in each step, after the last one.
 PASSES = {
-    "star": (method_named("star"), 2, 1, 1),  # diagnosis and attribution; the reading that finds nothing left
-    "sgd paper": (method_named("sgd", "paper"), 0, 1, 1),  # the first reading is the diagnosis; the check
-    "finetune": (method_named("finetune"), 0, 1, 1),
-    "minkl": (method_named("minkl", None, margin=0.0), 0, 1, 1),
-    "minkl last": (method_named("minkl", None, layers="last"), 0, 1, 1),
+    "star": (oracle_models.bold_star(learning_rate=0.1), 2, 1, 1),  # diagnosis and attribution; nothing left to do
+    "sgd paper": (method_named("sgd", "paper", **UNWATCHED), 0, 1, 1),  # the first reading is the diagnosis; the check
+    "finetune": (method_named("finetune", None, learning_rate=3e-4, **UNWATCHED), 0, 1, 1),
+    "minkl": (method_named("minkl", None, margin=0.0, rank=0, **UNWATCHED), 0, 1, 1),
+    "minkl last": (method_named("minkl", None, layers="last", rank=0, **UNWATCHED), 0, 1, 1),
 }
 
 

@@ -1,3 +1,4 @@
+from oracle_models import bold_star
 """The gate's reading of reference text: exact where it is all read, right where it stops early, and read once."""
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lmrepair.loop.untouched import Untouched, bounds, decided
 from lmrepair.measure.drift import measure_drift
 from lmrepair.model.edit import Change
 
+STAR = bold_star(learning_rate=0.1, epochs=100)
 TEXT = Reference("code", ("for i in range(10):\n    print(i)\n" * 3, "select name from persons;", "ab"))
 MORE = Reference("fox", ("the quick brown fox jumps over the lazy dog " * 2,))
 
@@ -53,18 +55,19 @@ def test_all_that_is_read_is_the_drift(kind: str, full: bool, monkeypatch: pytes
 
 
 def test_far_from_the_bound_few_positions_are_read_and_the_net_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STAGES", (6, 256))
+    monkeypatch.setattr(module, "STAGES", (16, 256))
     net = oracle_models.net()
     read = Untouched.of(net, [TEXT, MORE])
     passes: list[int] = []
     real = Net.logits_and_states
     monkeypatch.setattr(Net, "logits_and_states", lambda *given, **named: passes.append(1) or real(*given, **named))
     small = read.measure(edit(net, 1e-4), 0.1)
-    assert small.drift.tokens == 5 + 5 + 1 + 5
+    few = small.drift.tokens
+    assert few < 60 < sum(len(item.target) for _, item in read.texts)
     assert len(passes) == 2  # without the edit and with it
-    assert read.measure(edit(net, 10.0), 0.1).drift.tokens == 16
+    assert read.measure(edit(net, 10.0), 0.1).drift.tokens == few
     assert len(passes) == 3
-    assert read.measure(edit(net), math.inf).drift.tokens == 16
+    assert read.measure(edit(net), math.inf).drift.tokens == few
     assert len(passes) == 4
 
 
@@ -110,7 +113,7 @@ def test_the_gate_and_the_record_share_one_measurement(drift: str, monkeypatch: 
     real = Untouched.measure
     monkeypatch.setattr(Untouched, "measure", lambda *given: made.append(1) or real(*given))
     net = oracle_models.net()
-    result = repair(net, oracle_models.FAILURES[:1], Star(learning_rate=0.1), TEXT, gate=Gate(1e6), drift=drift)
+    result = repair(net, oracle_models.FAILURES[:1], STAR, TEXT, gate=Gate(1e6), drift=drift)
     assert result.patch is not None
     assert result.gate is not None
     assert len(made) == 1

@@ -10,10 +10,10 @@ from typing import Any
 import oracle
 import oracle_models
 import pytest
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
 import lmrepair.measure.drift as drift_module
-from lmrepair import Drift, FailuresError, Reference, Star, UsageError, evaluate, measure_drift, read_reference
+from lmrepair import Drift, FailuresError, Reference, UsageError, evaluate, measure_drift, read_reference
 from lmrepair.failures.reference import read_kinds
 from lmrepair.loop.loop import repair_each
 from lmrepair.measure.drift import measure_drift_by_kind, worst_first
@@ -25,7 +25,7 @@ TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brow
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
 def test_drift_is_the_oracles(kind: str) -> None:
     net = oracle_models.net(kind)
-    patches = [result.patch for result in repair_each(net, FAILURES[:2], Star(learning_rate=0.1)) if result.patch]
+    patches = [result.patch for result in repair_each(net, FAILURES[:2], bold_star(learning_rate=0.1)) if result.patch]
     before = State.of(net)
     found = measure_drift(net, patches, TEXT)
     assert not before.changed(net)
@@ -53,7 +53,7 @@ def perplexity(model: Any, texts: list[tuple[int, ...]]) -> float:
 @pytest.mark.parametrize("numbers", [1, 700, 1 << 30])
 def test_how_many_rows_are_compared_at_once_does_not_matter(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net = oracle_models.net()
-    patches = [result.patch for result in repair_each(net, FAILURES[:1], Star(learning_rate=0.1)) if result.patch]
+    patches = [result.patch for result in repair_each(net, FAILURES[:1], bold_star(learning_rate=0.1)) if result.patch]
     (whole,) = measure_drift(net, patches, TEXT)
     monkeypatch.setattr(drift_module, "NUMBERS_IN_CACHE", numbers)
     (found,) = measure_drift(net, patches, TEXT)
@@ -64,7 +64,7 @@ def test_how_many_rows_are_compared_at_once_does_not_matter(numbers: int, monkey
 
 def test_drift_by_kind_shows_the_worst_kind_first() -> None:
     net = oracle_models.net()
-    patches = [result.patch for result in repair_each(net, FAILURES[:2], Star(learning_rate=0.1)) if result.patch]
+    patches = [result.patch for result in repair_each(net, FAILURES[:2], bold_star(learning_rate=0.1)) if result.patch]
     kinds = [
         Reference(name, texts)
         for name, texts in (("fox", TEXT.texts[1:2]), ("a", TEXT.texts[2:]), ("code", TEXT.texts[:1]))
@@ -119,7 +119,7 @@ def test_scores() -> None:
     assert (scores.failures, scores.tokens) == (4, count)
     assert scores.token_match == pytest.approx(1 - sum(wrong) / count)
     assert scores.exact_match == scores.greedy_match == wrong.count(0) / 4
-    for result in repair_each(net, FAILURES[:1], Star(learning_rate=0.1)):
+    for result in repair_each(net, FAILURES[:1], bold_star(learning_rate=0.1)):
         assert result.patch is not None
         with result.patch.on(net):
             after = evaluate(net, FAILURES[:1])

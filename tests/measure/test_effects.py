@@ -7,9 +7,9 @@ from dataclasses import replace
 import oracle
 import oracle_models
 import pytest
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
-from lmrepair import Failure, Star, UsageError, answers, evaluate, repair_each
+from lmrepair import Failure, UsageError, answers, evaluate, repair_each
 from lmrepair.loop.outcome import Repair
 from lmrepair.measure.effects import Standing, effect, held_out_scores, neighbours, probes, side_effects
 from lmrepair.patch.patch import Patch
@@ -17,7 +17,7 @@ from lmrepair.patch.patch import Patch
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
     result: Repair
-    (result,) = repair_each(net, [failure], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1))
     assert result.patch is not None
     assert result.repaired == 1
     return result.patch

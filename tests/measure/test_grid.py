@@ -9,9 +9,9 @@ from typing import Any
 
 import oracle_models
 import pytest
-from oracle_models import State
+from oracle_models import State, bold_star
 
-from lmrepair import FailuresError, Star, UsageError, answers, load, repair_each
+from lmrepair import FailuresError, UsageError, answers, load, repair_each
 from lmrepair.measure.grid import build_grid, grid_effects, read_grid, write_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_effects_of_a_repair() -> None:
     net = oracle_models.net()
     untouched = State.of(net)
     grid = build_grid(fields(), WORDINGS)
-    (result,) = repair_each(net, [grid.cell(1, 0)], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [grid.cell(1, 0)], bold_star(learning_rate=0.1))
     assert result.patch is not None
     before = answers(net, grid.cells, generate=False)
     found = grid_effects(net, grid, result.patch, (1, 0))

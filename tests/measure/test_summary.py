@@ -12,9 +12,9 @@ from typing import Any
 import oracle_models
 import pytest
 from command import Run, write
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
-from lmrepair import Drift, Reference, Star, UsageError, answers, evaluate, measure_drift, repair_each
+from lmrepair import Drift, Reference, UsageError, answers, evaluate, measure_drift, repair_each
 from lmrepair.cli.options import read_references
 from lmrepair.cli.output.render_measures import measures_data, measures_text
 from lmrepair.failures.rows import Failure
@@ -35,7 +35,7 @@ TEXTS = [Reference("fox", ("the quick brown fox",)), Reference("code", ("for i i
 
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
-    (result,) = repair_each(net, [failure], Star(learning_rate=0.1))
+    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1))
     assert result.patch is not None
     return result.patch
 

@@ -21,14 +21,15 @@ import torch
 from oracle_models import FAILURES
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lmrepair import ModelError, diagnose, load
+from lmrepair import ModelError, Patch, Star, diagnose, load, repair
 from lmrepair.errors import NotFiniteError
 from lmrepair.failures import shipped
-from lmrepair.model import Net
+from lmrepair.model import Net, Source
 from lmrepair.model.loading.consent import refuse_unasked
 from lmrepair.model.loading.header import read_header
 from lmrepair.patch import save_model
 
+STAR = Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1, max_probe_kl=1e9)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -106,6 +107,21 @@ def test_a_gguf_is_float_in_memory_and_known_again(file: Path, tmp_path: Path) -
     again = load(tmp_path / "float")
     assert again.source.kind == "folder"
     assert all(torch.equal(a, b) for a, b in zip(net.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_patch_remembers_the_file(tmp_path: Path) -> None:
+    source = Source("gguf", "ab" * 32, "Q8_0")
+    for net, said in (
+        (Net(oracle_models.model(), oracle_models.tokenizer(), "tiny", source), source.data()),
+        (oracle_models.net(), {}),
+    ):
+        made = repair(net, FAILURES[:2], STAR)
+        assert made.patch is not None
+        made.patch.save(tmp_path / "patch")
+        assert Patch.load(tmp_path / "patch").made.source == said
+        (tmp_path / "patch").unlink()
+    assert said == {}
+    assert b"source" not in made.patch.serialise()  # as it was before there was such a field
 
 
 def test_a_damaged_gguf_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:

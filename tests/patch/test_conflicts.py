@@ -9,9 +9,9 @@ import oracle_models
 import pytest
 import torch
 from factored import factored
-from oracle_models import FAILURES, State
+from oracle_models import FAILURES, State, bold_star
 
-from lmrepair import Net, Patch, Reference, Star, UsageError, repair
+from lmrepair import Net, Patch, Reference, UsageError, repair
 from lmrepair.patch import combine, first_bad, first_patches, forecasts
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
@@ -20,7 +20,7 @@ TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brow
 def parts(net: Net) -> list[Patch]:
     found = []
     for failure in FAILURES[:2]:
-        result = repair(net, [failure], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(net, [failure], bold_star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
         assert result.patch is not None
         result.patch.revert(net)
         found.append(result.patch)
@@ -92,7 +92,7 @@ def test_the_first_patches_are_added_or_put_on_in_turn() -> None:
     with combine([one, two], net).on(net):
         assert all(torch.equal(net.columns(layer), values) for layer, values in enumerate(added))
     with one.on(net):
-        result = repair(net, [FAILURES[2]], Star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+        result = repair(net, [FAILURES[2]], bold_star(share="1/4", learning_rate=0.1, epochs=200, margin=0.1), TEXT)
         assert result.patch is not None
         result.patch.revert(net)
     with first_patches(net, [one, result.patch]):

@@ -23,11 +23,11 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
-from oracle_models import FAILURES, State, same_bits
+from oracle_models import FAILURES, State, bold_star, same_bits
 from safetensors import safe_open
 from torch import Tensor
 
-from lmrepair import Net, Patch, PatchError, Reference, Star, WrongModelError, load, repair
+from lmrepair import Net, Patch, PatchError, Reference, WrongModelError, load, repair
 from lmrepair.failures.files import write_atomically
 from lmrepair.model import LowRank, Product, fingerprint
 from lmrepair.model.edit import Trial
@@ -41,7 +41,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def made_on(net: Net, share: str = "1/4", count: int = 2) -> Patch:
     """A patch for the first failures, taken back again."""
-    result = repair(net, FAILURES[:count], Star(share=share, learning_rate=0.1, epochs=200, margin=0.1), TEXT)
+    result = repair(net, FAILURES[:count], bold_star(share=share, learning_rate=0.1, epochs=200, margin=0.1), TEXT)
     assert result.patch is not None
     result.patch.revert(net)
     return result.patch
@@ -387,8 +387,8 @@ def test_a_patch_for_another_model_is_refused_before_any_weight_is_touched() -> 
 def test_patches_come_off_in_reverse_order_only() -> None:
     net = oracle_models.net()
     before = State.of(net)
-    one = repair(net, FAILURES[:1], Star(learning_rate=0.1), TEXT).patch
-    two = repair(net, FAILURES[3:], Star(learning_rate=0.1), TEXT).patch
+    one = repair(net, FAILURES[:1], bold_star(learning_rate=0.1), TEXT).patch
+    two = repair(net, FAILURES[3:], bold_star(learning_rate=0.1), TEXT).patch
     assert one is not None
     assert two is not None
     between = State.of(net)

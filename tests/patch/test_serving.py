@@ -10,9 +10,9 @@ from pathlib import Path
 import oracle_models
 import pytest
 import torch
-from oracle_models import FAILURES, LAYERS, WIDTH, State
+from oracle_models import FAILURES, LAYERS, WIDTH, State, bold_star
 
-from lmrepair import MinKl, Net, Patch, PatchError, Reference, Star, UsageError, WrongModelError, repair
+from lmrepair import MinKl, Net, Patch, PatchError, Reference, UsageError, WrongModelError, repair
 from lmrepair.patch import (
     Factors,
     Modules,
@@ -38,7 +38,7 @@ gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'lmrepair[ggu
 @cache
 def made(kind: str, method: str) -> bytes:
     net = oracle_models.net(kind)
-    star = Star(share="1/4", layers="1/2", learning_rate=0.1, epochs=200, margin=0.1)
+    star = bold_star(share="1/4", layers="1/2", learning_rate=0.1, epochs=200, margin=0.1)
     result = repair(net, FAILURES[:3], star if method == "star" else MinKl(), TEXT)
     assert result.patch is not None
     assert result.repaired > 0

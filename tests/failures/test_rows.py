@@ -1,0 +1,121 @@
+"""Rows in their corners: whole words of refusals, what a chat keeps, and what a call of tools becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmrepair.errors import FailuresError
+from lmrepair.failures import Failure, Template, read_failures, read_protected
+
+
+def refused(tmp_path: Path, row: dict[str, Any]) -> str:
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(FailuresError) as found:
+        read_failures(path)
+    return str(found.value).removeprefix(f"{path}, ")
+
+
+def test_a_prompt_in_chat_is_no_prompt_any_more() -> None:
+    made = Failure("ask", "x", "1").in_chat()
+    assert (made.prompt, made.messages) == ("", ({"role": "user", "content": "ask"},))
+    assert made.in_chat() is made
+
+
+def test_a_chat_takes_no_template() -> None:
+    with pytest.raises(FailuresError) as found:
+        Failure("", "x", "7", (), ({"role": "user", "content": "ask"},)).wrapped(Template.parse("{prompt}{target}"))
+    assert str(found.value) == (
+        "failure '7' has messages, which the tokenizer's chat template renders; leave --template out, or give prompts"
+    )
+
+
+def test_a_call_of_tools_keeps_its_characters(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "日"}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    (found,) = read_failures(path)
+    assert found.target == json.dumps([call], ensure_ascii=False)
+    assert "日" in found.target
+
+
+Q: dict[str, Any] = {"role": "user", "content": "q"}
+EMPTY: dict[str, Any] = {"role": "assistant", "content": ""}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [{"role": "user", "contnet": "x"}], "target": "y"}, "message 1 has no content (is it 'contnet'?)"),
+    ({"messages": [{"role": "user", "zzzz": "x"}], "target": "y"}, "message 1 has no content"),
+    ({"target": "y"}, "no prompt; expected one of prompt and messages"),
+    ({"prompt": "x", "target": ""}, "the target is empty; expected the right completion"),
+    ({"prompt": 1, "target": "y"}, "prompt is a number; expected text"),
+    ({"prompt": "x", "target": "y", "id": True}, "id is true or false; expected text or a whole number"),
+    (
+        {"prompt": "x", "target": "y", "tools": [{}]},
+        "tools needs messages, for a chat template to read it; found a prompt",
+    ),
+    (
+        {"messages": [Q]},
+        "no target, and messages ends with the role 'user'; expected the right completion as text",
+    ),
+    ({"messages": [EMPTY]}, "messages has an answer and nothing that is asked; expected a user turn first"),
+    (
+        {"prompt": "a", "messages": [], "target": "y"},
+        "both prompt and messages; expected one of prompt and messages",
+    ),
+    (
+        {"messages": [Q, EMPTY]},
+        "the assistant turn at the end of messages is empty; expected the right answer",
+    ),
+    (
+        {"messages": [Q, EMPTY], "target": "y"},
+        "messages ends with an assistant turn that has no text to go on from, and there is a target; "
+        "leave one of them out",
+    ),
+    (
+        {"messages": [Q], "target": "y", "tools": "["},
+        "tools is a text that is no JSON; expected a list of objects",
+    ),
+    ({"messages": [Q], "target": "y", "tools": 3}, "tools is a number; expected a list of objects"),
+    ({"messages": [Q], "target": "y", "functions": 3}, "functions is a number; expected a list of objects"),
+    (
+        {"messages": [Q], "target": "y", "chat_template_kwargs": 3},
+        "chat_template_kwargs is a number; expected an object",
+    ),
+    (
+        {"prompt": "x", "target": "y", "paraphrases": 3},
+        "paraphrases is a number; expected a list of texts, or of messages",
+    ),
+    ({"messages": 3, "target": "y"}, "messages is not a list of {role, content} objects"),
+    (
+        {"messages": [{"content": 3}], "target": "y"},
+        "message 1 has no role; expected system, user, assistant or tool",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 3}], "target": "y"},
+        "content of message 1 is a number; messages is not a list of {role, content} objects with texts or parts",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), REFUSED, ids=str)
+def test_what_is_refused_is_said_in_whole_words(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    assert refused(tmp_path, row) == f"line 1: {said}"
+
+
+def test_objects_over_several_lines_are_placed(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{\n"prompt": "a",\n"target": "b"}\n{\n"prompt": 1,\n"target": "b"}\n', encoding="utf-8")
+    with pytest.raises(FailuresError) as found:
+        read_failures(path)
+    assert str(found.value) == f"{path}, line 4: prompt is a number; expected text"
+
+
+def test_one_token_of_an_answer_can_be_protected(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "length": 1}\n', encoding="utf-8")
+    (found,) = read_protected(path)
+    assert (found.length, found.failure.target) == (1, "")
