@@ -1,5 +1,4 @@
 from oracle_models import bold_star
-
 """The gate's reading of reference text: exact where it is all read, right where it stops early, and read once."""
 
 from __future__ import annotations

