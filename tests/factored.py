@@ -36,3 +36,16 @@ def factored(net: Net, patch: Patch, rank: int = 6) -> Patch:
         product = Product.of(left[:, :rank].T, values[:rank, None] * right[:rank])
         changes[layer] = LowRank.of(product, net.columns(layer))
     return replace(patch, changes=changes, fingerprint=fingerprint(net, {}))
+
+
+def answering(net: Net, patch: Patch) -> Patch:
+    """The patch with, as targets, what the net writes with it; it repairs those that the net alone does not write."""
+    tokens = [item.tokens for item in patch.items]
+    alone = net.generate(tokens)
+    with patch.on(net):
+        texts = net.generate(tokens)
+    found = zip(patch.items, alone, texts, strict=True)
+    items = [
+        replace(item, tokens=replace(item.tokens, target=text), repaired=text != before) for item, before, text in found
+    ]
+    return replace(patch, items=tuple(item for item in items if item.tokens.target))

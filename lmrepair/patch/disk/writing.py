@@ -119,7 +119,7 @@ def _in_place(checkpoint: Checkpoint, patch: Patch, placed: Mapping[int, Placed]
         raise UsageError(f"{(linked or [folder])[0]} is a link into a cache or another folder; use --output")
     with said_in_one_line(folder):
         if len(touched) == 1:
-            with beside(touched[0]) as temporary:
+            with beside(folder) as temporary:  # a killed run leaves nothing inside the folder
                 refuse_short_of_space(temporary, touched[0].stat().st_size)
                 written = temporary / touched[0].name
                 _write_file(touched[0], written, patch, placed, revert)
