@@ -18,12 +18,12 @@ AREA = "def area(width, height):\n    return "
 ROWS = [
     {"task_id": "area", "prompt": AREA, "check": "assert area(2, 3) == 6\n", "stop": "\n",
      "canonical_solution": "width * height\n"},
-    {"task_id": "kept", "prompt": "def name():\n    return ", "check": "assert len(completion) < 99\n", "stop": "\n"},
+    {"task_id": "kept", "prompt": "def name():\n    return ", "check": "$ cat", "stop": "\n"},
     {"task_id": "far", "prompt": "def far(x):\n    return ", "check": "assert far(2) == 'no model'\n", "stop": "\n"},
 ]  # fmt: skip
 TASKS = [
     Task("area", AREA, "assert area(2, 3) == 6\n", "area", "width * height\n", "\n"),
-    Task("kept", "import os\n\nname = ", "assert len(completion) < 99\n", stop="\n"),
+    Task("kept", "import os\n\nname = ", "", stop="\n", shell="cat"),
     Task("far", "def far(x):\n    return ", "assert far(2) == 'no model'\n", "far", "", "\n"),
 ]
 
