@@ -98,7 +98,7 @@ def test_a_fix_repairs_in_execution_protects_what_passed_and_says_what_is_out_of
     assert set(result.seconds) == {"find", "search", "execute", "repair"}
     assert result.repair is not None
     assert result.repair.gate is not None
-    assert result.repair.gate.data()["protected"] == [1, 1]
+    assert result.repair.gate.data()["protected"] == 1
     assert result.repair.patch is not None
     result.repair.patch.revert(net)
     assert all(bool((net.columns(layer) == kept).all()) for layer, kept in enumerate(before))
