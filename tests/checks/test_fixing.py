@@ -18,12 +18,12 @@ AREA = "def area(width, height):\n    return "
 ROWS = [
     {"task_id": "area", "prompt": AREA, "check": "assert area(2, 3) == 6\n", "stop": "\n",
      "canonical_solution": "width * height\n"},
-    {"task_id": "kept", "prompt": "def name():\n    return ", "check": "assert len(completion) < 99\n", "stop": "\n"},
+    {"task_id": "kept", "prompt": "def name():\n    return ", "check": "$ cat", "stop": "\n"},
     {"task_id": "far", "prompt": "def far(x):\n    return ", "check": "assert far(2) == 'no model'\n", "stop": "\n"},
 ]  # fmt: skip
 TASKS = [
     Task("area", AREA, "assert area(2, 3) == 6\n", "area", "width * height\n", "\n"),
-    Task("kept", "import os\n\nname = ", "assert len(completion) < 99\n", stop="\n"),
+    Task("kept", "import os\n\nname = ", "", stop="\n", shell="cat"),
     Task("far", "def far(x):\n    return ", "assert far(2) == 'no model'\n", "far", "", "\n"),
 ]
 
@@ -98,7 +98,7 @@ def test_a_fix_repairs_in_execution_protects_what_passed_and_says_what_is_out_of
     assert set(result.seconds) == {"find", "search", "execute", "repair"}
     assert result.repair is not None
     assert result.repair.gate is not None
-    assert result.repair.gate.data()["protected"] == [1, 1]
+    assert result.repair.gate.data()["protected"] == 1
     assert result.repair.patch is not None
     result.repair.patch.revert(net)
     assert all(bool((net.columns(layer) == kept).all()) for layer, kept in enumerate(before))
