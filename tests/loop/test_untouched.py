@@ -1,5 +1,3 @@
-from oracle_models import bold_star
-
 """The gate's reading of reference text: exact where it is all read, right where it stops early, and read once."""
 
 from __future__ import annotations
@@ -9,6 +7,7 @@ import math
 import oracle_models
 import pytest
 import torch
+from oracle_models import bold_star
 
 from lmrepair import Gate, Net, Reference, Star, UsageError, repair
 from lmrepair.loop import untouched as module
