@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command import ROWS, Run, write
 from hypothesis import settings
+from slow import slow_tests
 
 from lmrepair import cli
 
@@ -20,7 +21,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SLOW = Path(__file__).with_name("slow.txt")
 
 # The same examples in every run: what fails here fails everywhere. LMREPAIR_EXAMPLES=random looks for new ones.
 settings.register_profile("same", derandomize=True, database=None)
@@ -35,12 +35,6 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         name = item.nodeid.split("[")[0].removeprefix("tests/")
         if name in slow:
             item.add_marker(pytest.mark.slow)
-
-
-def slow_tests() -> list[str]:
-    """What slow.txt names: ``room/test_module.py::test``, all of its parameters."""
-    lines = SLOW.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import slow_tests
 from mutants import wilson
+from slow import slow_tests
 
 HERE = Path(__file__).parent
 

@@ -56,7 +56,7 @@ def test_the_joint_solve_beside_it() -> None:
     assert [point.repairs for point in found.points] == [3]
     assert found.joint is not None
     together = oracle_models.net()
-    result = repair(together, FAILURES[:3], STAR, ONE)
+    result = repair(together, FAILURES[:3], STAR, ONE, drift="full")
     assert found.joint.repaired == result.repaired
     assert found.joint.held_out == evaluate(together, FAILURES[3:])
     assert result.drift is not None

@@ -144,7 +144,7 @@ def test_the_whole_comparison_leaves_no_study_out(name: str) -> None:
 
 def test_a_settings_default_is_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
     _, cells = planned(tmp_path)
-    assert cells[0].config["method"]["settings"]["learning_rate"] > 0
+    assert cells[0].config["method"]["settings"]["epochs"] > 0
     _, others = planned(tmp_path, GRID.replace('name = "star"', 'name = "star"\nsettings = {epochs = 7}'))
     assert cells[0].digest != others[0].digest
     assert [cell.digest for cell in cells[1:]] == [cell.digest for cell in others[1:]]
@@ -317,7 +317,8 @@ def test_on_ray_a_killed_worker_costs_its_cell_another_try(
         ray.shutdown()
     # A starved cluster may lose an actor of its own accord, too; a cell is tried three times.
     assert any("its worker died; once more" in line for line in lines)
-    assert records(tmp_path)["prompt"] == records(real)["prompt"]
+    ours, theirs = records(tmp_path)["prompt"], records(real)["prompt"]
+    assert {**ours, "order": 0} == {**theirs, "order": 0}  # another grid: the same cell elsewhere in it
 
 
 def test_an_unknown_executor_and_no_cell_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import oracle_models
 import pytest
-from oracle_models import TEXT
+from oracle_models import TEXT, bold_star
 
 from lmrepair.diagnosis.mistakes import diagnose
 from lmrepair.errors import UsageError
@@ -67,7 +67,7 @@ def test_what_the_model_has_no_room_for_is_left_out() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", [MinKl(margin=0.5), Star()], ids=str)
+@pytest.mark.parametrize("method", [MinKl(margin=0.5), bold_star(learning_rate=0.03)], ids=["minkl", "star"])
 def test_wordings_are_repaired_with_the_failure(method: MinKl | Star) -> None:
     net = oracle_models.net()
     others = [replace(FAILURE.asking(text), id=text) for text in FAILURE.paraphrases[1:]]

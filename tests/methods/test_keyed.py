@@ -163,7 +163,7 @@ def test_alphaedit_leaves_the_sampled_coefficients_alone() -> None:
 def test_a_step_of_star_in_a_metric_is_the_oracles() -> None:
     net = oracle_models.net()
     for kind in ("diagonal", "sampled", "full"):
-        method = Star(metric=kind, share="1", epochs=1, early=False, samples=32)
+        method = Star(metric=kind, share="1", epochs=1, early=False, samples=32, learning_rate=0.03, gain=False)
         known = statistics(net, method)
         (result,) = repair_each(net, FAILURES[:1], method, statistics=known)
         assert result.patch is not None

@@ -470,7 +470,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 def test_every_variant_repairs_and_keeps_the_margin(kind: str, changed: dict[str, Any]) -> None:
     net = oracle_models.net(kind)
     before = State.of(net)
-    method = MinKl(epochs=60, **changed)
+    method = MinKl(epochs=60, max_probe_kl=math.inf, **changed)
     batches = net.batches(net.tokenize(FAILURES[:2]))
     floors = -net.prefer(batches).gap
     floors = torch.where(floors > 0, (STAY * floors).clamp(max=method.margin), method.margin)  # right: half of it
@@ -605,7 +605,7 @@ def test_the_last_layer_is_solved_without_running_the_model(
     kind: str, neurons: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = oracle_models.net(kind)
-    method = MinKl(layers="last", neurons=neurons, epochs=60)
+    method = MinKl(layers="last", neurons=neurons, epochs=60, max_probe_kl=math.inf)
     (fast,) = repair_each(net, FAILURES[:1], method)
     monkeypatch.setattr("lmrepair.methods.minkl._agreed", lambda reading: None)
     (slow,) = repair_each(net, FAILURES[:1], method)

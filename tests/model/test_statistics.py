@@ -545,7 +545,7 @@ def test_a_model_without_finite_logits_is_refused() -> None:
     net = oracle_models.net()
     tokens = net.tokenize(oracle_models.FAILURES)
     net.columns(1)[3] = float("nan")
-    with pytest.raises(ModelError, match="no finite numbers; load it in float32"):
+    with pytest.raises(ModelError, match="no finite numbers in float32; the checkpoint or the patch is damaged"):
         net.sample(2, 4)
     with pytest.raises(ModelError, match="no finite numbers"):
         gather(net, tokens, Asked("full", "full", 8, 0.01), "own")
