@@ -75,7 +75,7 @@ TABLE: dict[str, Method] = {
     "minkl, sampled": MinKl(inputs="sampled", outputs="sampled", samples=64),
     "minkl, diagonal": MinKl(inputs="diagonal", outputs="diagonal"),
     "minkl, none": MinKl(inputs="none", outputs="none", epochs=40),
-    "minkl, few neurons": MinKl(neurons=12, max_probe_kl=float("inf")),
+    "minkl, few neurons": MinKl(neurons=16, max_probe_kl=float("inf")),
     "minkl, one layer": MinKl(layers="one"),
     "minkl, batch": MinKl(mode="batch"),
     "minkl, iterative": MinKl(mode="iterative"),

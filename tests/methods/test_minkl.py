@@ -600,7 +600,7 @@ def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
-@pytest.mark.parametrize("neurons", [0, 12])
+@pytest.mark.parametrize("neurons", [0, 20])
 def test_the_last_layer_is_solved_without_running_the_model(
     kind: str, neurons: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
