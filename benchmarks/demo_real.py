@@ -76,7 +76,7 @@ def main() -> None:
     if result.patch is None or result.drift is None:
         raise SystemExit(1)
     print(f"drift           KL {result.drift.kl:.5f} nats/token, {result.drift.agreement:.2%} of top tokens unchanged")
-    weights = sum(value.numel() * value.element_size() for value in net.model.state_dict().values())
+    weights = sum(value.numel() * value.element_size() for value in net.model.parameters())
     print(f"patch           {result.patch.size / 1e6:.2f} MB, {result.patch.size / weights:.2%} of the model's bytes")
     with tempfile.TemporaryDirectory() as folder:
         result.patch.save(Path(folder) / "fix.safetensors")

@@ -25,11 +25,12 @@ from lmrepair.cli.options import (
     refuse_unwritable,
 )
 from lmrepair.cli.output import progress_bars
+from lmrepair.cli.starting import load_net
 from lmrepair.errors import UsageError
 from lmrepair.methods import DEFAULT, METHODS
 
 if TYPE_CHECKING:
-    from lmrepair.model import Net
+    pass
 
 _RUN = "Execution"
 _AIM = "The answer aimed at"
@@ -99,7 +100,7 @@ def check(
         else:
             from lmrepair.checks import runs
 
-            net = _load(model, device, dtype, seed, trust)
+            net = load_net(model, device, dtype, seed, trust)
             name, done = net.name, runs(net, rows, checker, length, progress)
             found, texts = [run.verdict for run in done], [run.written.completion for run in done]
     data = check_data(name, checker.sandbox.kind, rows, texts, found)
@@ -149,7 +150,7 @@ def fix(
         groups["wordings"] = [task for task in read_tasks(wordings) if task.id in ids]
     checker = chosen_checker(forbid, lint, jobs, cpu, wall, memory_mb, unsafe)
     gate = chosen_gate(max_kl, protect, memory or (), reference, None, True)
-    net = _load(model, device, dtype, seed, trust)
+    net = load_net(model, device, dtype, seed, trust)
     from lmrepair.checks import Budget, fix as repair_tasks
     from lmrepair.failures import read_reference
 
@@ -209,12 +210,3 @@ def _given(path: Path, tasks: Sequence[Task]) -> list[str]:
     if missing:
         raise UsageError(f"{path}: no completion of {missing[0]!r} and {len(missing) - 1} more; expected one a task")
     return [task.cut(found[task.id]) for task in tasks]
-
-
-def _load(model: str | None, device: str, dtype: str, seed: int, trust: bool) -> Net:
-    import torch
-
-    from lmrepair.model import load
-
-    torch.manual_seed(seed)
-    return load(model, device=device, dtype=dtype, trust_remote_code=trust)
