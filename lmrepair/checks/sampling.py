@@ -147,7 +147,5 @@ def _text(net: Net, prompt: Sequence[int], ids: Sequence[int]) -> str:
 
 def end_tokens(net: Net) -> frozenset[int]:
     """The tokens with which this model ends its text."""
-    kept = net.model.generation_config
-    ends = kept.eos_token_id if kept is not None else None
-    more = () if net.tokenizer.eos_token_id is None else (net.tokenizer.eos_token_id,)
-    return frozenset((ends,) if isinstance(ends, int) else ends or ()) | frozenset(more)
+    own = net.tokenizer.eos_token_id
+    return net.ends if own is None else net.ends | {own}

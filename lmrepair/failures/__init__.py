@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.failures.files import shipped as shipped, write_atomically as write_atomically
+    from lmrepair.failures.files import (
+        flush as flush,
+        shipped as shipped,
+        umask as umask,
+        write_atomically as write_atomically,
+    )
     from lmrepair.failures.forms import Template as Template
     from lmrepair.failures.protected import (
         ANSWER as ANSWER,

@@ -235,19 +235,13 @@ def present(net: Net, protect: Sequence[Protected]) -> tuple[Tokens, ...]:
         wanted.append(Tokens(name, prompt, (-1,) * room))
     with settled(net.model):
         written = net.generate(wanted)
-    ends = _ends(net)
+    ends = net.ends
     answers = [_until(text, ends) if item.target[0] < 0 else text for item, text in zip(wanted, written, strict=True)]
     return tuple(
         replace(item, target=text)
         for item, text in zip(wanted, answers, strict=True)
         if item.target[0] < 0 or text == item.target
     )
-
-
-def _ends(net: Net) -> frozenset[int]:
-    kept = net.model.generation_config
-    ends = kept.eos_token_id if kept is not None else None
-    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def _until(text: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ def teacher_texts(net: Net, found: Iterable[Answer]) -> list[tuple[str, str]]:
 
 def greedy_texts(net: Net, found: Iterable[Answer]) -> list[tuple[str, str]]:
     """(freely written, target) as texts, up to the token that ends a text; answers without free text are left out."""
-    decode, ends = decoder(net), _ends(net)
+    decode, ends = decoder(net), net.ends
     return [
         (decode(_before_end(item.written, ends)), decode(_before_end(item.tokens.target, ends)))
         for item in found
@@ -155,13 +155,6 @@ def decoder(net: Net) -> Callable[[Sequence[int]], str]:
     return lambda ids: str(
         net.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
-
-
-def _ends(net: Net) -> frozenset[int]:
-    """The tokens at which ``generate`` stops."""
-    config = net.model.generation_config
-    ends = None if config is None else config.eos_token_id
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def _before_end(ids: Sequence[int], ends: frozenset[int]) -> Sequence[int]:

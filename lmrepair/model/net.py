@@ -76,6 +76,13 @@ class Net:
         table = self.model.get_input_embeddings().weight
         return next((token for token in tokens if token is not None and 0 <= token < len(table)), 0)
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which ``generate`` stops."""
+        config = self.model.generation_config
+        ends = None if config is None else config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
     def columns(self, layer: int) -> Tensor:
         """The neurons of a layer, [m, d]: a view, so that writing to it writes to the model."""
         projection = self.anatomy.projections[layer]

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from lmrepair.errors import ModelError, UsageError
+from lmrepair.failures import flush, umask
 from lmrepair.model import Net, quietly
 
 
@@ -37,28 +38,19 @@ def save_model(net: Net, output: Path) -> None:
             net.model.save_pretrained(temporary)
             net.tokenizer.save_pretrained(temporary)
         _check(net, temporary)
-        mask = os.umask(0)
-        os.umask(mask)
+        mask = umask()
         temporary.chmod(0o777 & ~mask)
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)
-                _flush(file)
+                flush(file)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)
-        _flush(output.absolute().parent)
+        flush(output.absolute().parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check(net: Net, folder: Path) -> None:

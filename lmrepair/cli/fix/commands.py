@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmrepair.checks import Checker, Forbidden, Limits, Task, read_tasks, strongest
-from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text, show
+from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text
 from lmrepair.cli.options import (
     Device,
     Dtype,
@@ -24,7 +24,7 @@ from lmrepair.cli.options import (
     chosen_method,
     refuse_unwritable,
 )
-from lmrepair.cli.output import progress_bars
+from lmrepair.cli.output import progress_bars, show_result
 from lmrepair.cli.starting import load_net
 from lmrepair.errors import UsageError
 from lmrepair.methods import DEFAULT, METHODS
@@ -104,7 +104,7 @@ def check(
             name, done = net.name, runs(net, rows, checker, length, progress)
             found, texts = [run.verdict for run in done], [run.written.completion for run in done]
     data = check_data(name, checker.sandbox.kind, rows, texts, found)
-    show(data, check_text(data), as_json)
+    show_result(data, check_text(data), as_json)
     raise typer.Exit(0 if data["passing"] == data["tasks"] else 1)
 
 
@@ -164,7 +164,7 @@ def fix(
     if patch is not None:
         patch.save(target)
     data = fix_data(net.name, checker.sandbox.kind, result, str(target) if patch is not None else None)
-    show(data, fix_text(data), as_json)
+    show_result(data, fix_text(data), as_json)
     raise typer.Exit(0 if result.all_right else 1)
 
 

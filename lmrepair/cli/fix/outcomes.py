@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmrepair.checks import Task, Verdict, kinds
-from lmrepair.cli.output import say, say_json
 from lmrepair.measure import bootstrap, paired, visible
 
 if TYPE_CHECKING:
@@ -170,12 +169,3 @@ def _percent(found: dict[str, float]) -> str:
 def _outcome(outcome: dict[str, Any]) -> str:
     kind, detail = outcome["kind"], outcome["detail"]
     return visible(detail.partition(":")[0] if kind == "exception" else kind, 32)
-
-
-def show(data: dict[str, Any], lines: Sequence[str], as_json: bool) -> None:
-    """Print a result as one JSON object or as lines."""
-    if as_json:
-        say_json(data)
-        return
-    for line in lines:
-        say(line)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lmrepair.errors import ModelError, UsageError
+from lmrepair.failures import flush, umask
 
 BLOCK = 1 << 23  # bytes copied at once
 _FICLONE = 0x40049409  # Linux: one file shares the other's blocks until either is written to
@@ -149,21 +150,6 @@ def replace_file(filled: Path, target: Path) -> None:
     """Put a written and flushed file in another's place, in one step."""
     os.replace(filled, target)
     flush(target.absolute().parent)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager
