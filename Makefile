@@ -21,12 +21,15 @@ demo-real: .venv/.test
 	$(BIN)/python benchmarks/models/fetch.py smollm2
 	$(BIN)/python benchmarks/demo_real.py benchmarks/models/smollm2-135m-instruct.gguf
 
+# A worker that dies ends the run as a failure: started again, the tests it held are waited for forever.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --max-worker-restart 0
+
 test: .venv/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+	$(PYTEST)
 
 # Every test that is fast: all but those that tests/slow.txt names.
 quick: .venv/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real"
 
 # Which changes of a room's code no test notices; see docs/tests.md. Runs for minutes to hours.
 mutants: .venv/.test

@@ -50,3 +50,21 @@ def dying_once(job: Any) -> dict[str, Any]:
     from lmrepair.bench.cell import measure
 
     return measure(job)
+
+
+def bench_on_ray(folder: str) -> None:
+    """Run the grid of a folder on a Ray cluster of this process; print what the bench says, and its summary."""
+    import ray
+
+    from lmrepair.bench import bench, plan, read_grid
+
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    at = Path(folder)
+    grid = read_grid(at / "grid.toml")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        cells = plan(grid, at / "out", at, at, threads=1)
+        print(bench(grid, cells, 1, "ray", lambda line: print(line, flush=True), dying_once), flush=True)
+    finally:
+        ray.shutdown()
