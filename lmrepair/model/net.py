@@ -270,16 +270,27 @@ class Net:
         """
         first = self._embedded(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         starts = torch.full((count, 1), first, device=self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.inference_mode(),
-            torch.random.fork_rng(devices),
-            _decoding(self, length, True),
-        ):
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def only_drawn(_: Tensor, logits: Tensor) -> Tensor:
+            return torch.full_like(logits, -torch.inf).scatter_(1, drawn(logits, generator)[:, None], 0.0)
+
+        with torch.inference_mode(), _decoding(self, length, True):
             self.logits(self._batch([Tokens("start", (first,), (first,))]))
-            torch.manual_seed(seed)
-            output = self.model.generate(input_ids=starts, attention_mask=torch.ones_like(starts))
+            output = self.model.generate(
+                input_ids=starts, attention_mask=torch.ones_like(starts), logits_processor=[only_drawn]
+            )
         return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens [n] drawn from softmax(logits [n, V]): where the summed chances reach a uniform share of their total.
+
+    One random number a row: ``torch.multinomial`` takes one for every token of the vocabulary.
+    """
+    reached = logits.float().softmax(dim=1).cumsum(dim=1)
+    share = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    return torch.searchsorted(reached, share * reached[:, -1:]).squeeze(1)
 
 
 @contextmanager
@@ -301,7 +312,7 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
-    """Plain greedy decoding, or plain sampling of exactly ``length`` tokens, whatever the model's own settings.
+    """Plain greedy decoding, whatever the model's own settings; of exactly ``length`` tokens where they are ``sampled``.
 
     Raises NotFiniteError where the head puts out what nothing can be chosen from.
     """
@@ -313,12 +324,11 @@ def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
 
     handle = net.anatomy.head.register_forward_hook(look)
     model.generation_config = GenerationConfig(
-        do_sample=sampled,
+        do_sample=False,
         max_new_tokens=length,
         pad_token_id=net.pad,
         eos_token_id=kept.eos_token_id if kept is not None and not sampled else None,
         bos_token_id=net.tokenizer.bos_token_id,
-        **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}),
     )
     try:
         yield

@@ -31,7 +31,7 @@ from lmrepair.model.statistics.texts import windows
 log = logging.getLogger("lmrepair")
 
 TEXTS, LENGTH = 24, 192  # how much text a model writes for its own statistics, in tokens
-FORMAT = 3
+FORMAT = 4
 PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
 
 Kinds = Mapping[int, tuple[str, str]]  # layer → how C and F are kept

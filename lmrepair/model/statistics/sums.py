@@ -15,7 +15,7 @@ from lmrepair.model.anatomy import not_finite
 from lmrepair.model.batches import Batch
 from lmrepair.model.head import Head
 from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
-from lmrepair.model.net import Net, settled
+from lmrepair.model.net import Net, drawn, settled
 from lmrepair.model.statistics.packing import strips
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
@@ -102,7 +102,7 @@ class Sums:
             logits = self.head.logits(part).float()
             if not bool(logits.detach().isfinite().all()):
                 raise NotFiniteError(not_finite("", self.net.dtype))
-            said = torch.multinomial(logits.detach().softmax(dim=1), 1, generator=self.generator).squeeze(1)
+            said = drawn(logits.detach(), self.generator)
             found += torch.autograd.grad(F.cross_entropy(logits, said, reduction="sum"), part)
         return torch.cat(found)
 
