@@ -98,14 +98,13 @@ def repair(
     chosen = chosen_method(method, preset, seed, settings)
     target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
     refuse_unwritable(target, alone)
-    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
-    clock.part("reading options")
     from lmrepair.diagnosis import diagnose as find
     from lmrepair.failures import read_reference
     from lmrepair.loop import drawn_wordings, repair as repair_together, repair_alone
     from lmrepair.patch import PatchSize
 
     clock.part("importing")
+    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
     rows, net = start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
     clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmrepair.errors import UsageError
 
 KINDS = ("full", "sampled", "diagonal")
+LONG, COARSE = 256, 0.05  # from which width on float32 is used, and up to which bound on the error it makes
 TRIES = 8  # at a Cholesky factor, each with ten times the damping of the one before
 
 Made = TypeVar("Made")
@@ -87,13 +88,13 @@ class Moment:
         return self.apply(x) + _added(self, damping) * x
 
     def inverse(self, damping: float) -> Inverse:
-        """(M + damping·mean(diag M)·I)⁻¹, factored in float64 and applied in float32."""
-        values = self.values.double()
+        """(M + damping·mean(diag M)·I)⁻¹, factored in float64 or, where that is long and fine enough, in float32, in which it is applied."""
         added = _added(self, damping)
+        if self.kind == "full":
+            return Inverse("full", _factor(self.values.to(_precision(len(self.values), damping)), added).float())
+        values = self.values.double()
         if self.kind == "diagonal":
             return Inverse("diagonal", (1.0 / (values + added)).float())
-        if self.kind == "full":
-            return Inverse("full", _factor(values, added).float())
         # (a I + XᵀX/n)⁻¹ = (I − Xᵀ (n a I + X Xᵀ)⁻¹ X) / a = (I − BᵀB) / a with B = L⁻¹ X
         inner = values @ values.T + len(values) * added * torch.eye(
             len(values), dtype=torch.float64, device=values.device
@@ -105,6 +106,12 @@ class Moment:
     def identity(width: int, scale: float = 1.0) -> Moment:
         """The moment that prefers no direction: scale·I."""
         return Moment("diagonal", torch.full((width,), scale))
+
+
+def _precision(width: int, damping: float) -> torch.dtype:
+    """What a damped moment is factored in: no eigenvalue is above its trace, so its condition is at most w / damping."""
+    bound = (width / damping + 1) * torch.finfo(torch.float32).eps
+    return torch.float32 if width >= LONG and bound <= COARSE else torch.float64
 
 
 def _factor(values: Tensor, added: float) -> Tensor:

@@ -43,6 +43,14 @@ def test_the_inverse_is_that_of_the_damped_dense_matrix(kind: str, rows: int, da
     assert near(inverse.apply(x), x.double() @ wanted, 1e-4)
 
 
+@pytest.mark.parametrize(("rows", "damping"), [(1, 1e-2), (60, 1e-2), (900, 1e-2), (900, 1e-4)])
+def test_a_wide_moment_is_inverted_as_finely_as_it_is_used(rows: int, damping: float) -> None:
+    """Wide ones are factored in float32 where that is fine enough, and in float64 where little damping asks for it."""
+    one = moment("full", rows=rows, width=300)
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(3))
+    assert near(one.inverse(damping).apply(x), x.double() @ dense_inverse(one, damping), 2e-3)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(KINDS),
