@@ -88,7 +88,7 @@ class Moment:
         return self.apply(x) + _added(self, damping) * x
 
     def inverse(self, damping: float) -> Inverse:
-        """(M + damping·mean(diag M)·I)⁻¹, factored in float64 or, where that is long and fine enough, in float32, in which it is applied."""
+        """(M + damping·mean(diag M)·I)⁻¹, factored in float64 or, where that is fine enough, in float32; applied in float32."""
         added = _added(self, damping)
         if self.kind == "full":
             return Inverse("full", _factor(self.values.to(_precision(len(self.values), damping)), added).float())
@@ -109,7 +109,8 @@ class Moment:
 
 
 def _precision(width: int, damping: float) -> torch.dtype:
-    """What a damped moment is factored in: no eigenvalue is above its trace, so its condition is at most w / damping."""
+    """What a damped moment is factored in: its condition is at most w / damping + 1, as none of its eigenvalues
+    is above its trace."""
     bound = (width / damping + 1) * torch.finfo(torch.float32).eps
     return torch.float32 if width >= LONG and bound <= COARSE else torch.float64
 

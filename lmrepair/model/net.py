@@ -312,7 +312,7 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
-    """Plain greedy decoding, whatever the model's own settings; of exactly ``length`` tokens where they are ``sampled``.
+    """Plain greedy decoding, whatever the model's own settings; ``sampled``: of exactly ``length`` tokens.
 
     Raises NotFiniteError where the head puts out what nothing can be chosen from.
     """
