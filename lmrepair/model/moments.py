@@ -88,7 +88,7 @@ class Moment:
         return self.apply(x) + _added(self, damping) * x
 
     def inverse(self, damping: float) -> Inverse:
-        """(M + damping·mean(diag M)·I)⁻¹, factored in float64 (float32 where that is fine enough), applied in float32."""
+        """(M + damping·mean(diag M)·I)⁻¹, factored in float64, or in float32 where that is fine enough."""
         added = _added(self, damping)
         if self.kind == "full":
             return Inverse("full", _factor(self.values.to(_precision(len(self.values), damping)), added).float())
