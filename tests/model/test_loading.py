@@ -124,6 +124,25 @@ def test_a_patch_remembers_the_file(tmp_path: Path) -> None:
     assert b"source" not in made.patch.serialise()  # as it was before there was such a field
 
 
+def test_a_gguf_is_parsed_once_and_shows_no_bar(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gguf
+
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    load(str(file))
+    assert parsed == [str(file)]
+    assert gguf.GGUFReader is Counted
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_damaged_gguf_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:
     raw = file.read_bytes()
     made = read_header(file)

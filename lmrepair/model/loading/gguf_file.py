@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,28 @@ def gguf_options(path: Path) -> dict[str, Any]:
     config = getattr(transformers, "GgufConfig", None)  # where it is not, weights are never left packed
     unpacked = {"quantization_config": config(dequantize=True)} if config is not None else {}
     return {"gguf_file": path.name, **unpacked}
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """transformers parses the file anew for the config, the tokenizer and the weights, and its table of names for
+    every module, and shows a bar: inside the block what was parsed is kept, and there is no bar."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    changed = ((gguf, "GGUFReader", cache), (gguf, "get_tensor_name_map", cache), (reading, "tqdm", _without_bar))
+    kept = [(module, name, getattr(module, name)) for module, name, _ in changed]
+    for module, name, change in changed:
+        setattr(module, name, change(getattr(module, name)))
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+def _without_bar(bar: Any) -> Any:
+    return partial(bar, disable=True)
 
 
 def unmark(model: Any) -> None:

@@ -19,7 +19,7 @@ from lmrepair.errors import ModelError, UsageError, nearest
 from lmrepair.failures import shipped
 from lmrepair.model.loading.checkpoint import loading, quietly, read_checkpoint
 from lmrepair.model.loading.consent import ADAPTER, refuse_unasked
-from lmrepair.model.loading.gguf_file import SUFFIX, gguf_options, gguf_source, unmark
+from lmrepair.model.loading.gguf_file import SUFFIX, gguf_options, gguf_source, parsed_once, unmark
 from lmrepair.model.net import DTYPES, Net
 from lmrepair.model.source import Source
 
@@ -76,9 +76,9 @@ def load(
 
 def _from_gguf(path: Path, tokenizer: Any, where: torch.device, dtype: torch.dtype | str, trust: bool) -> Net:
     source = gguf_source(path)
-    loaded, tokenizer, unread = read_checkpoint(
-        str(path.absolute().parent), tokenizer, dtype, trust, gguf_options(path)
-    )
+    folder, options = str(path.absolute().parent), gguf_options(path)
+    with parsed_once():
+        loaded, tokenizer, unread = read_checkpoint(folder, tokenizer, dtype, trust, options)
     unmark(loaded)
     return Net(_ready(loaded, where), tokenizer, path.name, replace(source, unread=unread))
 
