@@ -210,9 +210,9 @@ class Solver:
     def _moved(self, deltas: Mapping[int, Delta]) -> float:
         """KL on the probe with a whole change, which stays written."""
         if self._probe is None:
-            self.trial.write(self.start)
+            self._move(self.start)
             self._probe = Probe.of(self.net)
-        self.trial.write(deltas)
+        self._move(deltas)
         return self._probe.kl()
 
     def _ruined(self, heard: Heard | None, now: Mapping[Tokens, Tensor], safe: Mapping[int, Delta]) -> bool:

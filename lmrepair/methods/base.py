@@ -49,7 +49,7 @@ class Problem:
     step: int
     memory: Any = None
     metric: Metric | None = None
-    probe: Callable[[Mapping[int, Tensor]], float] | None = None
+    probe: Callable[[Mapping[int, Any]], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Kronecker-factored Fisher of arXiv 1503.05671.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 WIDEN = 6  # steps after which directions that have not been enough get others beside them
+LACKING = 0.1  # share of the largest rise that a range of layers may leave missing in the linearised margins
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
 
 
@@ -48,6 +50,9 @@ class MinKl(Targeted):
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
     rank: int = setting(16, "most rank a layer of the change, for each failure; 0: no limit")
     neurons: int = setting(0, "most neurons a layer to write to, those that move most; 0: no limit")
+    ranges: int = setting(
+        2, "ranges of layers to choose from by what a first step costs: from all to the last", positive=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,10 +77,11 @@ class MinKl(Targeted):
         from lmrepair.methods.maths import read_margins
 
         alone = sum(len(batch.tokens) for batch in batches) == 1
+        sites = sites if memory is None else memory.among(sites)
         # The last layer's steps are made behind it, where the best rival is always the present one.
         rivals = alone and sites.layers != (net.layers - 1,)
-        if margin is not None and memory is not None:
-            return read_margins(net, batches, memory.among(sites), focus, margin, memory.open, rivals)
+        if margin is not None and memory is not None and memory.steps:
+            return read_margins(net, batches, sites, focus, margin, memory.open, rivals)
         choose = None if margin is None else self._mistakes if rivals and not self._asked else self._first
         return read_margins(net, batches, sites, focus, margin, choose, rivals)
 
@@ -104,14 +110,26 @@ class MinKl(Targeted):
         return 12 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
 
     def solve(self, problem: Problem) -> Step:
+        step = self._step(problem)
+        promised: float = step.memory.others
+        if problem.step != 1 or problem.probe is None or math.isinf(promised):
+            return step
+        return step if problem.probe(step.deltas) <= promised else Step(problem.deltas, self._start(problem))
+
+    def _step(self, problem: Problem) -> Step:
         state: Linearised = problem.memory if problem.step else self._start(problem)
         reading: Margins = problem.reading  # type: ignore[assignment]
-        start = _agreed(reading) if len(problem.sites.layers) == 1 else None
+        start = _agreed(reading)
         if reading.tail is not None and start is not None:
             return self._last_layer(problem, state, reading.tail, start)
         if reading.factors:
             state = state.linearised(reading.factors)
-        keep = KEEP if 0 < problem.step <= KEPT and reading.factors and len(state.items) > 1 else 1.0
+        if not problem.step:
+            cheapest = self._cheapest(problem, state, reading.factors)
+            if len(cheapest.layers) == 1 < len(state.layers):  # read once more, as where it is all that may change
+                return Step(problem.deltas, replace(cheapest, items=()))
+            state = cheapest
+        keep = KEEP if 0 < state.steps <= KEPT and reading.factors and len(state.items) > 1 else 1.0
         weights = _weights(problem, state, keep)
         if not state.spans:
             chosen = self._chosen(problem, state, reading.factors, weights)
@@ -120,8 +138,7 @@ class MinKl(Targeted):
                 weights = _weights(problem, state, keep)
         state, deltas = _moved(problem, state, state.changes(weights), keep)
         short = float(state.rise(reading.preference.gap).max())
-        state = replace(state, short=short, steps=state.steps + 1)
-        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
+        return Step(deltas, _after(replace(state, short=short)))
 
     def _start(self, problem: Problem) -> Linearised:
         from lmrepair.methods.maths import Linearised
@@ -134,12 +151,31 @@ class MinKl(Targeted):
     def _aimed(self, problem: Problem, state: Linearised) -> Linearised:
         return state.aimed(problem.reading.preference.gap, self.margin, self._asked)
 
+    def _cheapest(self, problem: Problem, state: Linearised, factors: Sequence[Factors]) -> Linearised:
+        """In the range of layers whose first step, written, moves the drift probe least.
+
+        The expected cost adds up layer by layer: it does not see that layers may push the same way.
+        """
+        counts = _counts(len(state.layers), self.ranges)
+        if len(counts) == 1 or self.neurons or problem.probe is None:
+            return state
+        tried: list[tuple[float, Linearised]] = []
+        for count in counts:
+            part = state.within(state.layers[-count:], factors) if count < len(state.layers) else state
+            weights, rise = _weights(problem, part, 1.0), part.rise(problem.reading.preference.gap)
+            lacks = float((rise - part.system @ weights.double()).max())
+            if part is state or lacks <= LACKING * float(rise.max()):
+                _, deltas = _moved(problem, part, part.changes(weights), 1.0)
+                tried.append((problem.probe(deltas), part))
+        (_, best), *others = sorted(tried, key=lambda one: one[0])
+        return replace(best, others=others[0][0]) if others and best is not state else best
+
     def _chosen(
         self, problem: Problem, state: Linearised, factors: Sequence[Factors], weights: Tensor
     ) -> Linearised | None:
         """Where the first solve is made again, with fewer neurons or directions; None: nowhere else."""
         if self.neurons:
-            return None if problem.step else self._fewer(problem, state.changes(weights))
+            return None if state.steps else self._fewer(problem, state.changes(weights))
         rank, room = self._limits(problem)
         return state.spanned(state.used(factors, weights), problem.deltas, rank, room) if rank else None
 
@@ -161,19 +197,19 @@ class MinKl(Targeted):
 
     def _last_layer(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Step:
         """All steps at once for the last layer, without running the model."""
-        (layer,) = problem.sites.layers
+        (layer,) = state.layers
         used = self._through_tail(problem, state, tail, start)
         if not state.spans:
             rank, room = self._limits(problem)
             chosen = None
             if self.neurons:
-                chosen = None if problem.step else self._fewer(problem, {layer: used.near.T @ used.white})
+                chosen = None if state.steps else self._fewer(problem, {layer: used.near.T @ used.white})
             elif rank and bool(used.white.any()):
                 chosen = state.spanned({layer: used}, problem.deltas, rank, room)
             if chosen is not None:
                 state, used = chosen, self._through_tail(problem, chosen, tail, start)
         state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
-        return Step(deltas, state if (problem.step + 1) % WIDEN else state.released())
+        return Step(deltas, _after(state))
 
     def _through_tail(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Used:
         """The change of the last layer that leaves no margin open, from what is read without it."""
@@ -181,7 +217,7 @@ class MinKl(Targeted):
 
         from lmrepair.methods.maths import Used, weights_for
 
-        (layer,) = problem.sites.layers
+        (layer,) = state.layers
         z = state.seen(layer, tail.inputs)
         near = state.near(layer, z)
         seen = z @ near.T
@@ -219,12 +255,25 @@ def _moved(
     if state.spans:
         state = state.moved(changes, keep)
         return state, {**problem.deltas, **state.deltas()}
-    deltas: dict[int, Delta] = {}
-    for layer, delta in problem.deltas.items():
+    deltas = dict(problem.deltas)
+    for layer in state.layers:
+        delta = deltas[layer]
         so_far = delta.dense().float() if isinstance(delta, Product) else delta
         places = state.places[layer].to(so_far.device)
         deltas[layer] = (so_far if keep == 1 else keep * so_far).index_add(0, places, changes[layer])
     return state, deltas
+
+
+def _after(state: Linearised) -> Linearised:
+    """The state one step on; now and then what is open to it widens."""
+    state = replace(state, steps=state.steps + 1)
+    return state if state.steps % WIDEN else state.widened()
+
+
+def _counts(layers: int, ranges: int) -> list[int]:
+    """How many of the upper layers each range holds: from all of them to one, in equal ratios."""
+    steps = max(1, ranges - 1)
+    return list(dict.fromkeys(round(layers ** (1 - step / steps)) for step in range(ranges)))
 
 
 def _agreed(reading: Margins) -> _Leaning | None:
