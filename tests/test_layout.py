@@ -31,7 +31,7 @@ ROOMS = {
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
-    "model.edit": "sparse_integers changes trial",
+    "model.edit": "sparse_integers products changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
