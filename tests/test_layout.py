@@ -21,7 +21,7 @@ ROOMS = {
     "model": "progress source anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution drift_probe",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
-    "patch": "format patch compose conflicts bisection folder disk serving",
+    "patch": "format patch compose conflicts bisection disk folder serving",
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",

@@ -18,10 +18,9 @@ import oracle_models
 import pytest
 import torch
 from factored import factored, made_up
-from oracle_models import FAILURES, same_bits
+from oracle_models import FAILURES, same_bits, tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lmrepair import ModelError, Net, Patch, UsageError, WrongModelError, load
 from lmrepair.patch import OtherDtypeError, Rewritten, Writing, rewrite, save_model
@@ -78,14 +77,6 @@ def checkpoint(
 def digests(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    return found
 
 
 @pytest.mark.parametrize(("kind", "dtype", "how"), KINDS)
