@@ -21,11 +21,12 @@ import works
 from command import Run
 
 from lmrepair import cli
-from lmrepair.bench.cell import solved_before
+from lmrepair.bench.cell import measure, solved_before
 from lmrepair.bench.grid_file import BenchGrid, Job, read_grid
 from lmrepair.bench.run import Planned, Summary, bench, plan
 from lmrepair.errors import UsageError
 from lmrepair.failures.rows import Failure
+from lmrepair.measure.shown import plain
 from lmrepair.measure.texts import corpus_bleu, text_scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,9 @@ def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None
     assert changed == ["alone.embedded.habits.star.seed-0.json"]
     next(iter(before)).write_text("{", encoding="utf-8")
     assert "1 damaged" in run(tmp_path, works.quick, GRID)[1][0]
+    grid = read_grid(tmp_path / "grid.toml")
+    again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, only="prompt", again=True)
+    assert bench(grid, again, 1, "local", lambda _: None, works.quick) == Summary(1, 0, ())
 
 
 def test_a_cell_that_raises_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
@@ -304,11 +308,13 @@ def test_a_real_cell_keeps_what_its_figures_are_made_from(real: Path) -> None:
     assert [point["k"] for point in found["cumulative.embedded.habits.star"]["curve"]] == [0, 1, 2]
     assert str(Path.home()) not in json.dumps([record["machine"] for record in found.values()])
 
-    first, grid = records(real), read_grid(real / "grid.toml")
-    again = plan(grid, real / "out", real, real, threads=1, only="alone.embedded.habits.star", again=True)
-    assert [item.state for item in again] == ["to be repeated"]
-    bench(grid, again)
-    assert records(real) == first
+    (again,) = plan(
+        read_grid(real / "grid.toml"), real / "out", real, real, threads=1, only="alone.embedded.habits.star", again=True
+    )
+    assert again.state == "to be repeated"
+    found_again = json.loads(json.dumps(plain(measure(again.job))), object_hook=untimed)
+    assert found_again == {key: value for key, value in records(real)["star"].items() if key in found_again}
+    assert {"failures", "heldout"} <= found_again.keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (the extra ray)")
