@@ -24,14 +24,17 @@ BESIDE = ("benchmarks", "docs", "README.md")  # what tests read besides the pack
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "failures": (["lmrepair/failures/*.py"], ["tests/failures"]),
     "maths": (
-        [f"lmrepair/methods/maths/{name}.py" for name in ("basis", "closed_form", "margins", "optimiser", "direct_path")],
-        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins", "optimiser", "direct")],
+        [f"lmrepair/methods/maths/{name}.py" for name in ("basis", "closed_form", "margins", "optimiser")],
+        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins", "optimiser")],
     ),
     "minkl": (
         [f"lmrepair/methods/maths/{name}.py" for name in ("dual", "tail", "spans", "linearised")],
         ["tests/methods/test_minkl.py", "tests/methods/test_mint.py"],
     ),
-    "methods": (["lmrepair/methods/*.py", "lmrepair/methods/keyed/*.py"], ["tests/methods"]),
+    "methods": (
+        ["lmrepair/methods/*.py", "lmrepair/methods/keyed/*.py", "lmrepair/methods/maths/direct_path.py"],
+        ["tests/methods"],
+    ),
     "patch": (["lmrepair/patch/*.py"], ["tests/patch"]),
     "loop": (["lmrepair/loop/*.py"], ["tests/loop"]),
 }

@@ -309,7 +309,13 @@ def test_a_real_cell_keeps_what_its_figures_are_made_from(real: Path) -> None:
     assert str(Path.home()) not in json.dumps([record["machine"] for record in found.values()])
 
     (again,) = plan(
-        read_grid(real / "grid.toml"), real / "out", real, real, threads=1, only="alone.embedded.habits.star", again=True
+        read_grid(real / "grid.toml"),
+        real / "out",
+        real,
+        real,
+        threads=1,
+        only="alone.embedded.habits.star",
+        again=True,
     )
     assert again.state == "to be repeated"
     found_again = json.loads(json.dumps(plain(measure(again.job))), object_hook=untimed)
