@@ -78,7 +78,7 @@ def test_the_same_repair_twice_is_the_same_patch() -> None:
     [
         method_named("minkl", None),
         method_named("minkl", None, layers="last"),
-        method_named("finetune", None),
+        method_named("finetune", None, learning_rate=3e-4),
         method_named("sgd", "paper"),
     ],
     ids=["minkl", "minkl last", "finetune", "sgd paper"],
@@ -208,7 +208,7 @@ def test_whatever_breaks_the_net_is_as_it_was(
 
 def test_steps_too_small_for_bfloat16_add_up() -> None:
     net = oracle_models.net(dtype=torch.bfloat16)
-    (result,) = repair_each(net, FAILURES[:1], Sgd(learning_rate=0.002, epochs=200))
+    (result,) = repair_each(net, FAILURES[:1], Sgd(learning_rate=0.002, epochs=60))
     assert result.patch is not None
     moved = max(float(change.deltas.abs().max()) for change in result.patch.changes.values())
     (once,) = repair_each(net, FAILURES[:1], Sgd(learning_rate=0.002, epochs=1))
