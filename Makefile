@@ -22,7 +22,7 @@ demo-real: .venv/.test
 	$(BIN)/python benchmarks/demo_real.py benchmarks/models/smollm2-135m-instruct.gguf
 
 # A worker that dies ends the run as a failure: started again, the tests it held are waited for forever.
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --max-worker-restart 0
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 test: .venv/.test
 	$(PYTEST)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,19 @@ settings.register_profile("random")
 settings.load_profile(os.environ.get("LMREPAIR_EXAMPLES", "same"))
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Mark the tests that slow.txt names, so that ``make quick`` leaves them out; a new test is in it by default."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that slow.txt names, so that ``make quick`` leaves them out; a new test is in it by default.
+
+    Modules that have most of them come first, so that no worker is left with a long one at the end.
+    """
     slow = set(slow_tests())
+    weights: Counter[Path] = Counter()
     for item in items:
         name = item.nodeid.split("[")[0].removeprefix("tests/")
         if name in slow:
             item.add_marker(pytest.mark.slow)
+            weights[item.path] += 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

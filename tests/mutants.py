@@ -24,14 +24,17 @@ BESIDE = ("benchmarks", "docs", "README.md")  # what tests read besides the pack
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "failures": (["lmrepair/failures/*.py"], ["tests/failures"]),
     "maths": (
-        [f"lmrepair/methods/maths/{name}.py" for name in ("basis", "closed_form", "margins")],
-        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins")],
+        [f"lmrepair/methods/maths/{name}.py" for name in ("basis", "closed_form", "margins", "optimiser")],
+        [f"tests/methods/test_{name}.py" for name in ("basis", "closed_form", "margins", "optimiser")],
     ),
     "minkl": (
-        [f"lmrepair/methods/maths/{name}.py" for name in ("dual", "direct_path", "tail", "optimiser")],
+        [f"lmrepair/methods/maths/{name}.py" for name in ("dual", "tail", "spans", "linearised")],
         ["tests/methods/test_minkl.py", "tests/methods/test_mint.py"],
     ),
-    "methods": (["lmrepair/methods/*.py", "lmrepair/methods/keyed/*.py"], ["tests/methods"]),
+    "methods": (
+        ["lmrepair/methods/*.py", "lmrepair/methods/keyed/*.py", "lmrepair/methods/maths/direct_path.py"],
+        ["tests/methods"],
+    ),
     "patch": (["lmrepair/patch/*.py"], ["tests/patch"]),
     "loop": (["lmrepair/loop/*.py"], ["tests/loop"]),
 }
@@ -106,22 +109,20 @@ def statuses(names: list[str]) -> dict[str, str]:
 
 def report(room: str, made: int, seed: int, found: dict[str, str]) -> None:
     """The score, with Wilson's interval of 95 %, and every mutant that lives, with its change."""
+    from mutmut import __main__ as mutmut
+
     killed = sum(status in KILLED for status in found.values())
     low, high = wilson(killed, len(found))
     alive = [name for name, status in found.items() if status not in KILLED]
     lines = [f"{room}: {killed} of {len(found)} killed ({killed / len(found):.1%}; 95 %: {low:.1%} to {high:.1%})"]
     lines += [f"seed {seed}, drawn from {made} mutants; alive: {len(alive)}"]
     for name in alive:
-        shown = subprocess.run([*mutmut_command(), "show", name], capture_output=True, text=True).stdout
+        shown = mutmut.get_diff_for_mutant(name, path=mutmut.find_mutant(name).path)
         changes = [line for line in shown.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         lines += ["", f"{name}: {found[name]}", *changes]
     text = "\n".join(lines) + "\n"
     Path("../" + room + ".txt").write_text(text, encoding="utf-8")
     print(text)
-
-
-def mutmut_command() -> list[str]:
-    return [sys.executable, "-c", "from mutmut.__main__ import cli; cli()"]
 
 
 def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:

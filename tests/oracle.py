@@ -287,7 +287,7 @@ def drift(before: Any, after: Any, texts: Sequence[Sequence[int]]) -> tuple[floa
     for ids in texts:
         old, new = logits(before, ids)[:-1].log_softmax(1), logits(after, ids)[:-1].log_softmax(1)
         for p, q in zip(old, new, strict=True):
-            divergence += float(sum(p.exp() * (p - q)))
+            divergence += float((p.exp() * (p - q)).sum())
             same += int(p.argmax() == q.argmax())
             count += 1
     return divergence / count, same / count, count

@@ -9,9 +9,11 @@ import copy
 import string
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -131,3 +133,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model folder, by its name."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return found

@@ -21,7 +21,7 @@ ROOMS = {
     "model": "progress source anatomy batches net head loading digests edit moments statistics",
     "diagnosis": "mistakes attribution drift_probe",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
-    "patch": "format patch compose conflicts bisection folder disk serving",
+    "patch": "format patch compose conflicts bisection disk folder serving",
     "measure": "shown intervals texts answer drift effects grid verification summary",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",
@@ -31,7 +31,7 @@ ROOMS = {
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
     "model.anatomy": "probe norm projections places",
-    "model.edit": "sparse_integers changes trial",
+    "model.edit": "sparse_integers products changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",

@@ -16,11 +16,8 @@ import typer
 from lmrepair.cli.faults import INTERRUPTED, guarded
 from lmrepair.cli.fix import check, fix
 from lmrepair.cli.measuring import evaluate, show, verify
-from lmrepair.cli.options import Device, Json, with_method_options
-from lmrepair.cli.output import (
-    say,
-    show_result,
-)
+from lmrepair.cli.options import Device, Json, with_options
+from lmrepair.cli.output import say, show_result
 from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, revert
 from lmrepair.cli.repairing import diagnose, repair
 from lmrepair.cli.study import bench, report
@@ -79,9 +76,9 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
     raise typer.Exit(0 if data["verified"] and data["restored"] else 1)
 
 
-app.command()(diagnose)
-app.command(name="repair")(with_method_options(repair))
 for command in (
+    diagnose,
+    repair,
     evaluate,
     verify,
     show,
@@ -97,8 +94,4 @@ for command in (
     bench,
     report,
 ):
-    app.command()(command)
-
-
-def _silent(_: str) -> None:
-    pass
+    app.command()(with_options(command))

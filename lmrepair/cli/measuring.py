@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import typer
 
 from lmrepair.cli.options import (
     SHIPPED,
-    Chat,
-    Device,
-    Dtype,
-    EndTurn,
     Evaluated,
     Failures,
     GridFile,
     HeldOut,
     Json,
     Kinds,
-    Limit,
     Model,
     NoTexts,
     PatchFile,
-    Seed,
+    RowOptions,
+    SeededLoadOptions,
     Text,
-    Trust,
-    Wrap,
     read_references,
 )
 from lmrepair.cli.output import (
@@ -35,42 +31,36 @@ from lmrepair.cli.output import (
     progress_bars,
     show_result,
 )
-from lmrepair.cli.patches import Adapter, BaseFile, Engine, Rank, verify_served
-from lmrepair.cli.starting import dtype_of, load_net
+from lmrepair.cli.patches import EngineOptions, verify_served
+from lmrepair.cli.starting import load_net
 from lmrepair.measure import plain, visible
 
 
 def evaluate(
     failures: Failures,
+    *,
     model: Model = None,
     patch: Evaluated = None,
     reference: Kinds = None,
     held_out: HeldOut = None,
     grid: GridFile = None,
     no_texts: NoTexts = False,
-    template: Wrap = None,
-    chat: Chat = False,
-    end_turn: EndTurn = True,
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
+    rows_as: RowOptions,
+    loading: SeededLoadOptions,
     as_json: Json = False,
 ) -> None:
     """Measure a model on failures, and with --patch what the patch changes: effect, side effects, drift by kind."""
-    from lmrepair.failures import read_failures
     from lmrepair.measure import Material, measure, read_grid
     from lmrepair.patch import Patch
 
     loaded = Patch.load(patch) if patch is not None else None
     material = Material(
-        read_failures(failures, template, limit, chat, end_turn),
-        read_failures(held_out, template, None, chat, end_turn) if held_out is not None else (),
+        rows_as.read(failures),
+        replace(rows_as, limit=None).read(held_out) if held_out is not None else (),
         read_references(reference or []),
         read_grid(None if grid == SHIPPED else grid) if grid is not None else None,
     )
-    net = load_net(model, device, dtype if loaded is None else dtype_of(dtype, loaded), seed, trust)
+    net = load_net(model, loading if loaded is None else loading.for_patch(loaded))
     if loaded is not None and loaded.is_applied(net):
         loaded.revert(net)
     with progress_bars() as progress:
@@ -82,27 +72,22 @@ def evaluate(
 
 def verify(
     patch: PatchFile,
+    *,
     model: Model = None,
     reference: Text = None,
-    engine: Engine = None,
-    base: BaseFile = None,
-    adapter: Adapter = None,
-    rank: Rank = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
+    served: EngineOptions,
+    loading: SeededLoadOptions,
     as_json: Json = False,
 ) -> None:
     """Check on a fresh load that a patch repairs what it says, measure its drift, and take it back."""
-    if engine is not None:
-        verify_served(engine, patch, model, base, adapter, rank, device, dtype, trust, as_json)
+    if served.engine is not None:
+        verify_served(served.engine, patch, model, served, loading, as_json)
     from lmrepair.failures import read_reference
     from lmrepair.measure import verify as check
     from lmrepair.patch import Patch
 
     loaded, text = Patch.load(patch), read_reference(reference)
-    net = load_net(model, device, dtype_of(dtype, loaded), seed, trust)
+    net = load_net(model, loading.for_patch(loaded))
     result = check(net, loaded, text)
     data = {
         "verified": result.verified,

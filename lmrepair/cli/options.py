@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -16,9 +16,10 @@ from lmrepair.failures import ANSWER, MAX_KL, read_protected
 from lmrepair.methods import METHODS, Method, method_named
 
 if TYPE_CHECKING:
-    from lmrepair.failures import Reference
+    from lmrepair.failures import Failure, Reference
     from lmrepair.loop import Gate
     from lmrepair.model import Net, Statistics
+    from lmrepair.patch import Patch
 
 Failures = Annotated[
     Path,
@@ -31,9 +32,9 @@ Failures = Annotated[
 PatchFile = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch that lmrepair repair wrote.")]
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; left out: the embedded model.")]
 ModelFolder = Annotated[str, typer.Option("--model", help="Model folder or hub name.")]
-Output = Annotated[Path, typer.Option(help="The folder to write the model to; it must not exist yet.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint (or the patch) says.")]
+Named = Annotated[str, typer.Option("--method", help=f"The method: {', '.join(METHODS)}.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read the first N failures only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -88,14 +89,6 @@ _PROTECT = (
     "JSON lines with prompts that must come out as before: with a target, if greedy text gives it now; without, "
     f"the first {ANSWER} tokens (or length) of the present answer."
 )
-_STATISTICS = (
-    "Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise the "
-    'change on reference text: JSON lines with "text", or plain text.'
-)
-_OWN_TEXTS = "How many texts the model writes for that (default: 64); 0: the text of --statistics alone."
-_WORDINGS = "Other wordings, solved together with the failures"
-_PARAPHRASES = "The paraphrases that the failures come with."
-_PREFIXES = "N texts that the model writes by itself, each before every prompt."
 _DRIFT = (
     "quick: read reference text as far as it decides whether KL is within the limit; full: read all of it. The record "
     "says how many tokens were read."
@@ -103,16 +96,57 @@ _DRIFT = (
 _MEMORY = "An earlier patch whose repairs must still hold where they hold now; repeatable."
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How failures are read."""
+
+    template: Wrap = None
+    chat: Chat = False
+    end_turn: EndTurn = True
+    limit: Limit = None
+
+    def read(self, path: Path) -> list[Failure]:
+        from lmrepair.failures import read_failures
+
+        return read_failures(path, self.template, self.limit, self.chat, self.end_turn)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a model is loaded in, and on."""
+
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    seed: int = 0
+    trust: Trust = False
+
+    def for_patch(self, patch: Patch) -> LoadOptions:
+        """What a patch's model is loaded in: what the user says, or what the patch was made in."""
+        return self if self.dtype != "auto" else replace(self, dtype=str(patch.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class SeededLoadOptions(LoadOptions):
+    """The same where something random is done with the model."""
+
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """When a patch is kept."""
+
+    max_kl: Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)] = None
+    protect: Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)] = None
+    drift: Annotated[str, typer.Option(help=_DRIFT, rich_help_panel=_GATE)] = "quick"
+    memory: Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)] = None
+
+
 def chosen_gate(
-    max_kl: float | None,
-    protect: Path | None,
-    memory: Sequence[Path],
-    reference: Path | None,
-    template: str | None,
-    default: bool,
-    end_turn: bool = True,
+    asked: GateOptions, reference: Path | None, default: bool, template: str | None = None, end_turn: bool = True
 ) -> Gate | None:
     """The gate that the options ask for; without any of them, the default one or (``default`` False) none."""
+    max_kl, protect, memory = asked.max_kl, asked.protect, asked.memory or ()
     if max_kl is None and protect is None and not memory and not default:
         return None
     from lmrepair.failures import read_kinds
@@ -154,49 +188,48 @@ def refuse_unwritable(target: Path | None, folder: bool) -> None:
         raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
 
 
-def with_method_options(function: Callable[..., None]) -> Callable[..., None]:
-    """``repair`` with its options: the fixed ones, and one for every field of every method."""
-    fixed = {
-        "failures": Failures,
-        "model": Model,
-        "method": Annotated[str, typer.Option(help=f"The method: {', '.join(METHODS)}.")],
-        "preset": Annotated[str | None, typer.Option(help="A method's named settings; paper: as published.")],
-        "alone": Annotated[bool, typer.Option("--alone", help="Each failure from the untouched model (the papers).")],
-        "output": Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")],
-        "failing": Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")],
-        "reference": Text,
-        "paraphrases": Annotated[bool, typer.Option("--paraphrases", help=_PARAPHRASES, rich_help_panel=_WORDINGS)],
-        "prefixes": Annotated[int, typer.Option(min=0, metavar="N", help=_PREFIXES, rich_help_panel=_WORDINGS)],
-        "statistics": Annotated[Path | None, typer.Option(metavar="FILE", help=_STATISTICS)],
-        "own_texts": Annotated[int | None, typer.Option(min=0, metavar="N", help=_OWN_TEXTS, show_default=False)],
-        "max_kl": Annotated[float | None, typer.Option(help=_MAX_KL, rich_help_panel=_GATE, show_default=False)],
-        "protect": Annotated[Path | None, typer.Option(metavar="FILE", help=_PROTECT, rich_help_panel=_GATE)],
-        "drift": Annotated[str, typer.Option(help=_DRIFT, rich_help_panel=_GATE)],
-        "memory": Annotated[list[Path] | None, typer.Option(metavar="PATCH", help=_MEMORY, rich_help_panel=_GATE)],
-        "template": Wrap,
-        "chat": Chat,
-        "end_turn": EndTurn,
-        "limit": Limit,
-        "device": Device,
-        "dtype": Dtype,
-        "seed": Seed,
-        "trust": Trust,
-        "timings": Annotated[bool, typer.Option("--timings", help="Show where the time went, part by part.")],
-        "as_json": Json,
-    }
-    given = inspect.signature(function).parameters
-    parameters = [given[name].replace(annotation=kind) for name, kind in fixed.items()]
-    for name, kind in _settings().items():
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The command that typer is given: a group among the parameters stands for its options.
+
+    A group is a frozen dataclass: its fields with an ``Annotated`` type are the options, the others stay as they
+    are. ``**settings`` stands for an option for every field of every method.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, tuple[type, list[inspect.Parameter]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, given in inspect.signature(function).parameters.items():
+        if given.kind is inspect.Parameter.VAR_KEYWORD:
+            parameters += [_option(field, None, kind) for field, kind in _settings().items()]
+        elif is_dataclass(hints[name]):
+            groups[name] = hints[name], _options_of(hints[name])
+            parameters += groups[name][1]
+        else:
+            parameters.append(_option(name, given.default, hints[name]))
 
     def command(**values: Any) -> None:
-        function(**values)
+        made = {
+            name: group(**{option.name: values.pop(option.name) for option in options})
+            for name, (group, options) in groups.items()
+        }
+        function(**values, **made)
 
-    command.__doc__ = function.__doc__
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _options_of(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        _option(spec.name, spec.default, hints[spec.name])
+        for spec in fields(group)
+        if get_origin(hints[spec.name]) is Annotated
+    ]
+
+
+def _option(name: str, default: Any, kind: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 def chosen_method(name: str, preset: str | None, seed: int, settings: Mapping[str, Any]) -> Method:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from lmrepair.cli.options import (
-    Chat,
-    Device,
-    Dtype,
-    EndTurn,
     Failures,
+    GateOptions,
     Json,
-    Limit,
     Model,
-    Seed,
-    Trust,
-    Wrap,
+    Named,
+    RowOptions,
+    SeededLoadOptions,
+    Text,
     chosen_gate,
     chosen_method,
     chosen_statistics,
@@ -40,22 +37,45 @@ from lmrepair.failures import STANDARD_INPUT
 from lmrepair.measure import visible
 from lmrepair.methods import DEFAULT
 
+_WORDINGS = "Other wordings, solved together with the failures"
+Preset = Annotated[str | None, typer.Option(help="A method's named settings; paper: as published.")]
+Alone = Annotated[bool, typer.Option("--alone", help="Each failure from the untouched model (the papers).")]
+Output = Annotated[Path | None, typer.Option(help="The patch file; with --alone, a folder of patches.")]
+Failing = Annotated[int | None, typer.Option(min=1, help="Repair the first N failures that have mistakes.")]
+Paraphrases = Annotated[
+    bool,
+    typer.Option("--paraphrases", help="The paraphrases that the failures come with.", rich_help_panel=_WORDINGS),
+]
+Prefixes = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="N texts that the model writes by itself, each before every prompt.",
+        rich_help_panel=_WORDINGS,
+    ),
+]  # fmt: skip
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise "
+        'the change on reference text: JSON lines with "text", or plain text.',
+    ),
+]
+OwnTexts = Annotated[
+    int | None,
+    typer.Option(
+        min=0, metavar="N", show_default=False,
+        help="How many texts the model writes for that (default: 64); 0: the text of --statistics alone.",
+    ),
+]  # fmt: skip
+Timings = Annotated[bool, typer.Option("--timings", help="Show where the time went, part by part.")]
+
 
 def diagnose(
-    failures: Failures,
-    model: Model = None,
-    template: Wrap = None,
-    chat: Chat = False,
-    end_turn: EndTurn = True,
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
-    as_json: Json = False,
+    failures: Failures, *, model: Model = None, rows_as: RowOptions, loading: SeededLoadOptions, as_json: Json = False
 ) -> None:
     """List the mistakes a model makes on failures: where it prefers which token to the wanted one."""
-    rows, net = start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
+    rows, net = start(failures, rows_as, model, loading)
     from lmrepair.diagnosis import diagnose as find
 
     found = find(net, rows)
@@ -65,37 +85,29 @@ def diagnose(
 
 
 def repair(
-    failures: Path,
-    model: str | None = None,
-    method: str = DEFAULT,
-    preset: str | None = None,
-    alone: bool = False,
-    output: Path | None = None,
-    failing: int | None = None,
-    reference: Path | None = None,
-    statistics: Path | None = None,
-    own_texts: int | None = None,
-    paraphrases: bool = False,
-    prefixes: int = 0,
-    max_kl: float | None = None,
-    protect: Path | None = None,
-    memory: list[Path] | None = None,
-    drift: str = "quick",
-    template: str | None = None,
-    chat: bool = False,
-    end_turn: bool = True,
-    limit: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    trust: bool = False,
-    timings: bool = False,
-    as_json: bool = False,
+    failures: Failures,
+    *,
+    model: Model = None,
+    method: Named = DEFAULT,
+    preset: Preset = None,
+    alone: Alone = False,
+    output: Output = None,
+    failing: Failing = None,
+    reference: Text = None,
+    paraphrases: Paraphrases = False,
+    prefixes: Prefixes = 0,
+    statistics: Texts = None,
+    own_texts: OwnTexts = None,
+    gating: GateOptions,
+    rows_as: RowOptions,
+    loading: SeededLoadOptions,
+    timings: Timings = False,
+    as_json: Json = False,
     **settings: Any,
 ) -> None:
     """Repair failures and save the patch: locate the neurons, solve, check, pass the gate, measure the drift."""
     clock = Clock()
-    chosen = chosen_method(method, preset, seed, settings)
+    chosen = chosen_method(method, preset, loading.seed, settings)
     target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
     refuse_unwritable(target, alone)
     from lmrepair.diagnosis import diagnose as find
@@ -104,21 +116,21 @@ def repair(
     from lmrepair.patch import PatchSize
 
     clock.part("importing")
-    gate = chosen_gate(max_kl, protect, memory or (), reference, template, not alone and preset is None, end_turn)
-    rows, net = start(failures, template, limit, chat, end_turn, model, device, dtype, seed, trust)
+    gate = chosen_gate(gating, reference, not alone and preset is None, rows_as.template, rows_as.end_turn)
+    rows, net = start(failures, rows_as, model, loading)
     clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)
     known = chosen_statistics(net, chosen, statistics, own_texts)
-    wordings = drawn_wordings(net, paraphrases, prefixes, seed) if paraphrases or prefixes else None
+    wordings = drawn_wordings(net, paraphrases, prefixes, loading.seed) if paraphrases or prefixes else None
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
     with progress_bars() as progress:
         if alone:
             repairs, sizes, drifts, saved = repair_alone(
-                net, rows, chosen, text, target, progress, gate, known, wordings, drift
+                net, rows, chosen, text, target, progress, gate, known, wordings, gating.drift
             )
         else:
-            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings, drift)]
+            repairs = [repair_together(net, rows, chosen, text, progress, known, gate, wordings, gating.drift)]
             patches = [one.patch for one in repairs if one.patch is not None]
             sizes = [PatchSize.of(patch) for patch in patches]
             drifts = [one.drift for one in repairs if one.drift is not None]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import flush, umask
 from lmrepair.model import Net, quietly
+from lmrepair.patch.disk import beside, place_folder
 
 
 def refuse_existing(output: Path) -> None:
@@ -29,28 +28,20 @@ def refuse_existing(output: Path) -> None:
 def save_model(net: Net, output: Path) -> None:
     """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete.
 
-    Raises ModelError if the saved FFN output projections are not, bit for bit, the net's.
+    Raises UsageError for an output that exists, ModelError if the saved FFN output projections are not, bit for
+    bit, the net's.
     """
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
-    try:
+    refuse_existing(output)
+    with beside(output) as temporary:
         with quietly():
             net.model.save_pretrained(temporary)
             net.tokenizer.save_pretrained(temporary)
         _check(net, temporary)
-        mask = umask()
-        temporary.chmod(0o777 & ~mask)
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~mask)
+                file.chmod(0o666 & ~umask())
                 flush(file)
-        if output.exists():
-            output.rmdir()
-        os.replace(temporary, output)
-        flush(output.absolute().parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        place_folder(temporary, output)
 
 
 def _check(net: Net, folder: Path) -> None:

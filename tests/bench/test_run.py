@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import pytest
 import works
 from command import Run
 
-from lmrepair.bench.cell import solved_before
+from lmrepair import cli
+from lmrepair.bench.cell import measure, solved_before
 from lmrepair.bench.grid_file import BenchGrid, Job, read_grid
 from lmrepair.bench.run import Planned, Summary, bench, plan
 from lmrepair.errors import UsageError
 from lmrepair.failures.rows import Failure
+from lmrepair.measure.shown import plain
 from lmrepair.measure.texts import corpus_bleu, text_scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +185,9 @@ def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None
     assert changed == ["alone.embedded.habits.star.seed-0.json"]
     next(iter(before)).write_text("{", encoding="utf-8")
     assert "1 damaged" in run(tmp_path, works.quick, GRID)[1][0]
+    grid = read_grid(tmp_path / "grid.toml")
+    again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, only="prompt", again=True)
+    assert bench(grid, again, 1, "local", lambda _: None, works.quick) == Summary(1, 0, ())
 
 
 def test_a_cell_that_raises_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
@@ -253,12 +260,22 @@ def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes] | None =
         time.sleep(0.02)
 
 
+# Two methods, for what takes a real worker: it imports torch first.
+TWO = GRID.replace('[[methods]]\nname = "sgd"\npreset = "paper"\n', "")
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a bench whose cells were measured, not stood in for."""
+    """The folder of a bench whose cells were measured, not stood in for; ``said``: what the command printed."""
     folder = tmp_path_factory.mktemp("real")
-    text = GRID + '[[studies]]\nkind = "cumulative"\nfailing = 2\nmethods = ["star"]\n'
-    assert bench(*planned(folder, text)).run == 4
+    grid = made(folder, TWO + '[[studies]]\nkind = "cumulative"\nfailing = 2\nmethods = ["star"]\n')
+    arguments = ["lmrepair", "bench", str(grid), "--output", str(folder / "out"), "--threads", "1"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code
+    (folder / "said").write_text(out.getvalue(), encoding="utf-8")
     return folder
 
 
@@ -291,11 +308,19 @@ def test_a_real_cell_keeps_what_its_figures_are_made_from(real: Path) -> None:
     assert [point["k"] for point in found["cumulative.embedded.habits.star"]["curve"]] == [0, 1, 2]
     assert str(Path.home()) not in json.dumps([record["machine"] for record in found.values()])
 
-    first, grid = records(real), read_grid(real / "grid.toml")
-    again = plan(grid, real / "out", real, real, threads=1, only="alone.embedded.habits.star", again=True)
-    assert [item.state for item in again] == ["to be repeated"]
-    bench(grid, again)
-    assert records(real) == first
+    (again,) = plan(
+        read_grid(real / "grid.toml"),
+        real / "out",
+        real,
+        real,
+        threads=1,
+        only="alone.embedded.habits.star",
+        again=True,
+    )
+    assert again.state == "to be repeated"
+    found_again = json.loads(json.dumps(plain(measure(again.job))), object_hook=untimed)
+    assert found_again == {key: value for key, value in records(real)["star"].items() if key in found_again}
+    assert {"failures", "heldout"} <= found_again.keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (the extra ray)")
@@ -303,8 +328,7 @@ def test_on_ray_a_killed_worker_costs_its_cell_another_try(
     tmp_path: Path, real: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    text = GRID.replace('[[methods]]\nname = "sgd"\npreset = "paper"\n', "")
-    planned(tmp_path, text)
+    planned(tmp_path, TWO)
     # Ray's threads have been seen to end a process seconds after ray.shutdown(): it gets one of its own.
     lines = subprocess.run(
         [sys.executable, "-c", "import sys, works; works.bench_on_ray(sys.argv[1])", str(tmp_path)],
@@ -343,11 +367,10 @@ def test_jobs_hold_no_state(tmp_path: Path) -> None:
     assert cells[0].job == planned(tmp_path)[1][0].job
 
 
-def test_the_commands(tmp_path: Path, run: Run) -> None:
-    grid, out = made(tmp_path), tmp_path / "out"
-    code, text, err = run("bench", grid, "--output", out, "--threads", 1, "--only", "prompt")
-    assert (code, err) == (0, "")
-    assert "1 cells: 0 done, 1 to run" in text
+def test_the_commands(tmp_path: Path, run: Run, real: Path) -> None:
+    grid, out = real / "grid.toml", real / "out"
+    text = (real / "said").read_text(encoding="utf-8")
+    assert "3 cells: 0 done, 3 to run" in text
     assert "all in" in text
     code, text, _ = run("bench", grid, "--output", out, "--only", "prompt", "--json")
     assert (code, json.loads(text)) == (0, {"run": 0, "skipped": 1, "failed": []})
@@ -357,6 +380,6 @@ def test_the_commands(tmp_path: Path, run: Run) -> None:
     assert code == 2
     assert "is a file" in err
     missing = made(tmp_path, GRID.replace('name = "embedded"', 'name = "none"\npath = "no/such/model"'))
-    code, text, _ = run("bench", missing, "--output", out, "--only", "prompt", "--threads", 1)
+    code, text, _ = run("bench", missing, "--output", tmp_path / "out", "--only", "prompt", "--threads", 1)
     assert code == 1
     assert "FAILED: ModelError: no/such/model" in text

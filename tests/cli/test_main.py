@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from command import Run, write
 
+from lmrepair import Star, cli
 from lmrepair.failures import shipped
+from lmrepair.methods import Step
 
 
 def test_help_names_every_command_and_is_fast(run: Run) -> None:
@@ -88,7 +90,7 @@ def test_the_whole_way(run: Run, failures: Path) -> None:
     assert run("apply", "p.safetensors", "--model", embedded, "--output", "patched")[0] == 0
     code, out, _ = run("diagnose", failures, "--model", "patched", "--json")
     assert (code, json.loads(out)["failing"]) == (0, 0)
-    assert run("verify", "p.safetensors", "--model", "patched")[0] == 0
+    assert run("verify", "p.safetensors", "--model", "patched", "--reference", "text.txt")[0] == 0
     assert run("revert", "p.safetensors", "--model", "patched", "--output", "back")[0] == 0
     code, out, _ = run("diagnose", failures, "--model", "back", "--json")
     again = json.loads(out)
@@ -107,13 +109,15 @@ def test_the_whole_way(run: Run, failures: Path) -> None:
 
 
 def test_alone_gives_a_patch_a_failure(run: Run, failures: Path) -> None:
-    code, out, _ = run("repair", failures, "--alone", "--output", "patches", "--json")
+    Path("text.txt").write_text("for name in names:\n    print(name)\n", encoding="utf-8")
+    text = ("--reference", "text.txt")
+    code, out, _ = run("repair", failures, "--alone", "--output", "patches", *text, "--json")
     data = json.loads(out)
     assert code == 0
     assert data["repaired"] == 2
     names = sorted(path.name for path in Path("patches").iterdir())
     assert names == ["0001-a.safetensors", "0002-b.safetensors"]
-    assert run("verify", f"patches/{names[1]}")[0] == 0
+    assert run("verify", f"patches/{names[1]}", *text)[0] == 0
 
 
 def test_what_cannot_be_repaired_is_said_with_status_1(run: Run, failures: Path) -> None:
@@ -128,7 +132,7 @@ def test_what_cannot_be_repaired_is_said_with_status_1(run: Run, failures: Path)
 
 def test_the_text_output_escapes_what_drives_terminals(run: Run, tmp_path: Path) -> None:
     row = {"prompt": "x = \x1b[31m[bold]red[/bold]", "target": "\x1b]0;title\x07 = 1\n"}
-    code, out, _ = run("repair", write(tmp_path / "f.jsonl", row))
+    code, out, _ = run("repair", write(tmp_path / "f.jsonl", row), "--method", "sgd", "--epochs", 1)
     assert code in (0, 1)
     assert "\x1b" not in out
     assert "[bold]" in out
@@ -230,27 +234,38 @@ def test_a_damaged_patch_is_refused(run: Run, failures: Path) -> None:
 def test_ctrl_c_leaves_no_patch_and_says_so(tmp_path: Path) -> None:
     write(tmp_path / "f.jsonl", *({"prompt": f"x{i} = ", "target": f"'{i} of many'\n"} for i in range(8)))
     # In the middle of a solve, which the file says has begun.
-    script = (
-        "from pathlib import Path; from lmrepair import Star, cli; solve = Star.solve\n"
-        "def marked(*given): Path('begun').touch(); return solve(*given)\n"
-        "Star.solve = marked; cli.main()"
-    )
     method = ["--method", "star", "--mode", "batch", "--no-early", "--epochs", "100000"]
-    arguments = [sys.executable, "-c", script, "repair", "f.jsonl", *method]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    # A shell's background jobs ignore the signal, and hand that down.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    )
+    child = os.fork()  # a process of its own that has torch already
+    if not child:
+        in_the_child(tmp_path, ["lmrepair", "repair", "f.jsonl", *method])
     while not (tmp_path / "begun").exists():
-        assert process.poll() is None
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "lmrepair: error: interrupted; the model is as it was\n"
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert (tmp_path / "err").read_text(encoding="utf-8") == "lmrepair: error: interrupted; the model is as it was\n"
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def in_the_child(folder: Path, arguments: list[str]) -> NoReturn:
+    """Run a command whose solve leaves a mark, with its own standard error and a heed of Ctrl-C; never return."""
+    code, solve = 1, Star.solve
+
+    def marked(*given: Any) -> Step:
+        Path("begun").touch()
+        return solve(*given)
+
+    try:
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+        sys.stderr = open("err", "w", encoding="utf-8")  # noqa: SIM115
+        sys.argv, Star.solve = arguments, marked  # type: ignore[method-assign]
+        cli.main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    finally:
+        sys.stderr.close()
+        os._exit(code)
 
 
 def test_the_one_seed_reaches_the_methods_that_draw() -> None:

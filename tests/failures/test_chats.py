@@ -117,6 +117,20 @@ def test_an_end_that_the_target_has_already_is_not_doubled() -> None:
     assert tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
 
 
+def test_a_turn_ends_with_a_token_that_was_added_though_it_is_none_of_the_special_ones() -> None:
+    tokenizer = with_template("{% for m in messages %}{{'[' + m.role + '] ' + m.content + '<stop>\n'}}{% endfor %}")
+    tokenizer.add_tokens(["<stop>"])
+    assert "<stop>" not in tokenizer.all_special_tokens
+    assert rendered(chat(), tokenizer).target == " yes<stop>"
+
+
+def test_a_tokenizer_that_tidies_spaces_up_hides_no_target() -> None:
+    tokenizer = oracle_models.tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    made = tokenize(Failure("a", "n .", "row"), tokenizer)
+    assert tokenizer.decode(list(made.ids), clean_up_tokenization_spaces=False) == "<s>an ."
+
+
 def test_the_space_before_an_answer_is_the_answers_whatever_stands_before_it() -> None:
     tokenizer = with_template("{% for m in messages %}{{m.role + ' X ' + m.content + '\n'}}{% endfor %}")
     found = rendered(chat(), tokenizer)
@@ -161,8 +175,10 @@ def test_settings_reach_the_template_and_those_of_the_call_are_refused() -> None
     tokenizer = with_template(TURNS + PREFIX + "{% if think %}<think>{% endif %}")
     assert rendered(chat(chat_template_kwargs={"think": True}), tokenizer).prompt.endswith("assistant\n<think>")
     for name in ("tokenize", "add_generation_prompt", "messages", "tools"):
-        with pytest.raises(FailuresError, match=f"chat_template_kwargs has '{name}'"):
+        advice = "put tools beside messages" if name == "tools" else "leave it out"
+        with pytest.raises(FailuresError) as refused:
             rendered(chat(chat_template_kwargs={name: True}), tokenizer)
+        assert str(refused.value) == (f"failure 'row': chat_template_kwargs has '{name}', which is set here; {advice}")
 
 
 def test_what_a_template_does_not_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -186,6 +202,7 @@ REFUSED = {
     "own words": ("{{ raise_exception('Conversation roles must alternate\n user/assistant') }}", "must alternate user"),
     "filter": ("{{ 1 | nothing }}", "No filter named 'nothing'"),
     "several": ({"rag": "a", "tools": "b"}, 'several chat templates and no default (rag, tools); name one: "chat_'),
+    "the default of several": ({"rag": "a", "default": "{{ nothing.at_all }}"}, "'nothing' is undefined"),
     "none": (None, "no chat template"),
 }
 
@@ -203,6 +220,9 @@ def test_what_a_template_raises_is_one_line_with_the_id_and_its_words(kind: str)
 def test_one_of_several_templates_can_be_named() -> None:
     tokenizer = with_template({"rag": "{{messages[0].content}}: ", "tools": "b"})
     assert rendered(chat(chat_template_kwargs={"chat_template": "rag"}), tokenizer).prompt == "hi: "
+    tokenizer = with_template({"rag": "{{ nothing.at_all }}", "tools": "b"})
+    with pytest.raises(FailuresError, match="the chat template refuses it: 'nothing' is undefined"):
+        rendered(chat(chat_template_kwargs={"chat_template": "rag"}), tokenizer)
 
 
 def test_parts_reach_templates_that_know_them() -> None:

@@ -102,6 +102,7 @@ def test_rows_become_failures(tmp_path: Path) -> None:
         (['{"prompt": "a", "target": "b", "paraphrases": "c"}'], "paraphrases is text"),
         (['{"messages": [{"role": "user"}], "target": "b"}'], "message 1 has no content"),
         (['{"messages": "hi", "target": "b"}'], "messages is not a list"),
+        (['{"prompt": "a", "target": {}}'], "line 1: target is an object"),
         (["", "  "], "no failures in it"),
     ],
 )
@@ -117,6 +118,7 @@ def test_templates_wrap_and_unescape() -> None:
     assert wrapped.prompt == "# {target} {x}\n\t"
     assert wrapped.target == "{prompt}\n\\n"
     assert wrapped.paraphrases == ("# other\n\t",)
+    assert Template.parse("{prompt}{target}\\").after == "\\"
     for bad in ("{prompt}", "{target}", "{target}{prompt}", "{prompt}{prompt}{target}"):
         with pytest.raises(UsageError, match="template"):
             Template.parse(bad)

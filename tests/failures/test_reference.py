@@ -82,6 +82,12 @@ def test_a_file_is_written_whole_with_the_users_mask_and_nothing_beside_it(tmp_p
     finally:
         os.umask(kept)
     assert path.read_bytes() == b"two"
+    kept = os.umask(0)
+    try:
+        write_atomically(path, b"two")
+    finally:
+        os.umask(kept)
+    assert path.stat().st_mode & 0o777 == 0o666
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -26,6 +26,20 @@ def test_a_prompt_in_chat_is_no_prompt_any_more() -> None:
     assert made.in_chat() is made
 
 
+def test_another_wording_is_a_failure_of_its_own_without_wordings() -> None:
+    chat = ({"role": "user", "content": "asked"},)
+    worded = Failure("ask", "x", "1", ("tell", chat)).otherwise()
+    assert worded == [Failure("tell", "x", "1"), Failure("", "x", "1", (), chat)]
+
+
+def test_broken_json_is_said_in_the_parsers_words_alone(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": }\n', encoding="utf-8")
+    with pytest.raises(FailuresError) as found:
+        read_failures(path)
+    assert str(found.value) == f"{path}, line 1: broken JSON (Expecting value); expected one object a line"
+
+
 def test_a_chat_takes_no_template() -> None:
     with pytest.raises(FailuresError) as found:
         Failure("", "x", "7", (), ({"role": "user", "content": "ask"},)).wrapped(Template.parse("{prompt}{target}"))

@@ -46,7 +46,8 @@ def test_drift_is_the_oracles(kind: str) -> None:
 
 
 def perplexity(model: Any, texts: list[tuple[int, ...]]) -> float:
-    losses = [-oracle.logits(model, ids)[at].log_softmax(0)[ids[at + 1]] for ids in texts for at in range(len(ids) - 1)]
+    said = [oracle.logits(model, ids).log_softmax(1) for ids in texts]
+    losses = [-rows[at, ids[at + 1]] for rows, ids in zip(said, texts, strict=True) for at in range(len(ids) - 1)]
     return math.exp(sum(map(float, losses)) / len(losses))
 
 

@@ -69,6 +69,20 @@ def test_a_null_space_with_nothing_in_it_is_refused() -> None:
         null_space(moment("diagonal", reference()), 0.1)
 
 
+def test_samples_that_stand_twice_leave_no_direction_of_rounding_noise() -> None:
+    z, rows = noise(5, NEURONS, seed=1), reference(6)
+    metric = null_space(moment("sampled", torch.cat([rows, rows, rows[:2]])), 0.0)
+    basis = torch.linalg.qr(rows.double().T).Q
+    assert off(metric(z), z - (z @ basis) @ basis.T) < 1e-9
+
+
+def test_keys_that_stand_twice_are_weighed_by_the_pseudo_inverse() -> None:
+    z, wanted = noise(4, NEURONS, seed=1), noise(6, WIDTH, seed=2)
+    found = Constraints.of({0: torch.cat([z, z[:2]])}).weights(wanted)
+    twice = torch.cat([z, z[:2]])
+    assert off(found, torch.linalg.pinv(twice @ twice.T, rtol=1e-12) @ wanted) < 1e-9
+
+
 def test_no_other_change_that_meets_the_values_costs_less() -> None:
     z, r, rows = noise(5, NEURONS, seed=1), noise(5, WIDTH, seed=2), reference()
     c = oracle.damped(rows, DAMPING)

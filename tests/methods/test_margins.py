@@ -16,7 +16,7 @@ from lmrepair import Net
 from lmrepair.failures.tokens import Tokens
 from lmrepair.methods.maths import margins as module
 from lmrepair.methods.maths.margins import Factors, Margins, read_margins
-from lmrepair.model.batches import Sites
+from lmrepair.model.batches import Batch, Preference, Sites
 from lmrepair.model.net import settled
 
 SITES = {
@@ -209,3 +209,25 @@ def test_the_last_layers_slopes_are_had_in_one_pass(net: Net) -> None:
         assert torch.equal(one.rows, other.rows)
         assert torch.equal(one.inputs[last], other.inputs[last])
         assert torch.allclose(one.slopes[last], other.slopes[last], atol=1e-5 * float(other.slopes[last].abs().max()))
+
+
+def test_a_caller_may_choose_what_is_open_and_what_is_read(net: Net) -> None:
+    asked: list[slice] = []
+
+    def choose(batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
+        assert len(batch.rows) == len(preference.gap) == part.stop - part.start
+        asked.append(part)
+        read = torch.zeros(len(batch.rows), dtype=torch.bool)
+        read[-1] = True
+        return read & (len(asked) == opened), read
+
+    for opened in (0, 2):
+        asked.clear()
+        with settled(net.model):
+            batches = net.batches(tokens_of(net))
+            made = read_margins(net, batches, Sites(SITES["all"]), None, 0.0, choose)
+        assert made.done == (opened == 0)
+        assert [part.start for part in asked] == [0, *(part.stop for part in asked[:-1])]
+        assert asked[-1].stop == len(made.preference.gap)
+        assert [row for item in made.factors for row in item.rows.tolist()] == [part.stop - 1 for part in asked]
+        assert len(asked) == len(tokens_of(net)), "on a CPU, failures go through one by one"

@@ -13,7 +13,7 @@ from oracle_models import same_bits
 from torch import Tensor
 
 from lmrepair.model import SPREAD, LowRank, Product, patched
-from lmrepair.model.edit.changes import AT_ONCE, LARGEST
+from lmrepair.model.edit.products import AT_ONCE, LARGEST
 from lmrepair.model.edit.sparse_integers import pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -23,16 +23,16 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
-from oracle_models import FAILURES, State, bold_star, same_bits
-from safetensors import safe_open
+from oracle_models import FAILURES, State, bold_star, same_bits, tensors
 from torch import Tensor
 
-from lmrepair import Net, Patch, PatchError, Reference, WrongModelError, load, repair
+from lmrepair import ModelError, Net, Patch, PatchError, Reference, UsageError, WrongModelError, load, repair
+from lmrepair.failures import umask
 from lmrepair.failures.files import write_atomically
 from lmrepair.model import LowRank, Product, fingerprint
 from lmrepair.model.edit import Trial
 from lmrepair.model.edit.sparse_integers import pack
-from lmrepair.patch.folder import save_model
+from lmrepair.patch import save_model
 from lmrepair.patch.format import KEY, _stamp
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
@@ -106,6 +106,25 @@ def test_a_saved_folder_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Pat
         assert first.keys() == last.keys()
         assert all(same_bits(first[key], last[key]) for key in first)
         assert not all(same_bits(first[key], middle[key]) for key in first)
+
+
+def test_a_model_is_saved_whole_or_not_at_all_and_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, place = oracle_models.net(), tmp_path / "deep" / "model"
+    (place / "mine").mkdir(parents=True)
+    with pytest.raises(UsageError, match="model exists already; expected a folder that is not there yet"):
+        save_model(net, place)
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert [path.name for path in place.iterdir()] == ["mine"]
+    (place / "mine").rmdir()
+    with monkeypatch.context() as broken:
+        broken.setattr(net.tokenizer, "save_pretrained", lambda _: net.columns(0).zero_())
+        with torch.no_grad(), pytest.raises(ModelError, match="was not saved as it is in memory; nothing was written"):
+            save_model(net, place)
+    assert not list(place.iterdir())
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    save_model(net, place)
+    assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o666 & ~umask()}
+    assert place.stat().st_mode & 0o777 == 0o777 & ~umask()
 
 
 # --- factors --------------------------------------------------------------------------------------
@@ -257,14 +276,6 @@ def test_patches_of_single_neurons_are_written_as_before() -> None:
         whole = torch.zeros(oracle_models.WIDTH, oracle_models.HIDDEN)
         whole[change.columns] = change.deltas
         assert torch.equal(b @ a, whole.T)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    return found
 
 
 def test_the_same_repair_gives_the_same_bytes() -> None:

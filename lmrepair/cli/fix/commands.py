@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lmrepair.checks import Checker, Forbidden, Limits, Task, read_tasks, strongest
 from lmrepair.cli.fix.outcomes import check_data, check_text, fix_data, fix_text
 from lmrepair.cli.options import (
-    Device,
-    Dtype,
+    GateOptions,
     Json,
     Limit,
     Model,
-    Seed,
+    Named,
+    SeededLoadOptions,
     Text,
-    Trust,
     chosen_gate,
     chosen_method,
     refuse_unwritable,
@@ -27,10 +27,7 @@ from lmrepair.cli.options import (
 from lmrepair.cli.output import progress_bars, show_result
 from lmrepair.cli.starting import load_net
 from lmrepair.errors import UsageError
-from lmrepair.methods import DEFAULT, METHODS
-
-if TYPE_CHECKING:
-    pass
+from lmrepair.methods import DEFAULT
 
 _RUN = "Execution"
 _AIM = "The answer aimed at"
@@ -64,34 +61,48 @@ Reworded = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The same tasks (by task_id) in other words, measured like those.")
 ]
 Patched = Annotated[Path | None, typer.Option("--output", help="The patch file.")]
-Named = Annotated[str, typer.Option("--method", help=f"The method: {', '.join(METHODS)}.")]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The gate: most KL on reference text, nats per token.")]
 Protect = Annotated[Path | None, typer.Option("--protect", help="Prompts that must come out as before (docs/gate.md).")]
 Earlier = Annotated[list[Path] | None, typer.Option("--memory", help="An earlier patch that must still hold.")]
 
 
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How completions are executed and judged."""
+
+    forbid: Forbid = None
+    lint: Lint = None
+    jobs: Jobs = 1
+    cpu: Cpu = 5
+    wall: Wall = 20.0
+    memory_mb: Memory = 1024
+    unsafe: Unsafe = False
+
+
+@dataclass(frozen=True)
+class FixGateOptions(GateOptions):
+    """The gate of ``fix``, in few words."""
+
+    max_kl: MaxKl = None
+    protect: Protect = None
+    drift: str = "quick"
+    memory: Earlier = None
+
+
 def check(
     tasks: Tasks,
+    *,
     model: Model = None,
     completions: Completions = None,
     length: Length = 256,
     limit: Limit = None,
-    forbid: Forbid = None,
-    lint: Lint = None,
-    jobs: Jobs = 1,
-    cpu: Cpu = 5,
-    wall: Wall = 20.0,
-    memory_mb: Memory = 1024,
-    unsafe: Unsafe = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
+    judging: JudgeOptions,
+    loading: SeededLoadOptions,
     as_json: Json = False,
 ) -> None:
     """Execute a model's greedy completions against their tests: pass@1 with its interval, outcomes by kind."""
     rows = read_tasks(tasks, limit)
-    checker = chosen_checker(forbid, lint, jobs, cpu, wall, memory_mb, unsafe)
+    checker = chosen_checker(judging)
     name, texts = "", [""] * len(rows)
     with progress_bars() as progress:
         if completions is not None:
@@ -100,7 +111,7 @@ def check(
         else:
             from lmrepair.checks import runs
 
-            net = load_net(model, device, dtype, seed, trust)
+            net = load_net(model, loading)
             name, done = net.name, runs(net, rows, checker, length, progress)
             found, texts = [run.verdict for run in done], [run.written.completion for run in done]
     data = check_data(name, checker.sandbox.kind, rows, texts, found)
@@ -110,6 +121,7 @@ def check(
 
 def fix(
     tasks: Tasks,
+    *,
     model: Model = None,
     output: Patched = None,
     held_out: Group = None,
@@ -120,26 +132,15 @@ def fix(
     seconds: Seconds = 120.0,
     temperatures: Heat = "0.3,0.6,0.9,1.2",
     length: Length = 128,
-    max_kl: MaxKl = None,
-    protect: Protect = None,
-    memory: Earlier = None,
+    gating: FixGateOptions,
     reference: Text = None,
     limit: Limit = None,
-    forbid: Forbid = None,
-    lint: Lint = None,
-    jobs: Jobs = 1,
-    cpu: Cpu = 5,
-    wall: Wall = 20.0,
-    memory_mb: Memory = 1024,
-    unsafe: Unsafe = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
+    judging: JudgeOptions,
+    loading: SeededLoadOptions,
     as_json: Json = False,
 ) -> None:
     """Repair what fails its tests: the model's own sample that passes is the target, what passed is protected."""
-    chosen = chosen_method(method, None, seed, {})
+    chosen = chosen_method(method, None, loading.seed, {})
     target = output or Path(f"{tasks.name.partition('.')[0]}.patch.safetensors")
     refuse_unwritable(target, False)
     heat = _temperatures(temperatures)
@@ -148,9 +149,9 @@ def fix(
     if wordings is not None:
         ids = {task.id for task in rows}
         groups["wordings"] = [task for task in read_tasks(wordings) if task.id in ids]
-    checker = chosen_checker(forbid, lint, jobs, cpu, wall, memory_mb, unsafe)
-    gate = chosen_gate(max_kl, protect, memory or (), reference, None, True)
-    net = load_net(model, device, dtype, seed, trust)
+    checker = chosen_checker(judging)
+    gate = chosen_gate(gating, reference, True)
+    net = load_net(model, loading)
     from lmrepair.checks import Budget, fix as repair_tasks
     from lmrepair.failures import read_reference
 
@@ -158,7 +159,7 @@ def fix(
     with progress_bars() as progress:
         result = repair_tasks(
             net, rows, checker, budget, chosen, gate, read_reference(reference), groups,
-            canonical=canonical, seed=seed, progress=progress,
+            canonical=canonical, seed=loading.seed, progress=progress,
         )  # fmt: skip
     patch = result.repair.patch if result.repair is not None else None
     if patch is not None:
@@ -168,26 +169,19 @@ def fix(
     raise typer.Exit(0 if result.all_right else 1)
 
 
-def chosen_checker(
-    forbid: Sequence[str] | None,
-    lint: Sequence[str] | None,
-    jobs: int,
-    cpu: int,
-    wall: float,
-    memory: int,
-    unsafe: bool,
-) -> Checker:
+def chosen_checker(asked: JudgeOptions) -> Checker:
     """How completions are judged, as the options say. Raises UsageError for a pattern or command that is none."""
-    patterns = tuple(Forbidden.parse(text) for text in forbid or ())
-    for command in lint or ():
+    patterns = tuple(Forbidden.parse(text) for text in asked.forbid or ())
+    lint = tuple(asked.lint or ())
+    for command in lint:
         try:
             words = shlex.split(command)
         except ValueError as error:
             raise UsageError(f"--lint {command!r}: {error}; expected a shell command as in 'ruff check -'") from error
         if not words:
             raise UsageError("--lint: the command is empty; expected one as in 'ruff check -'")
-    limits = Limits(cpu, wall, memory << 20)
-    return Checker(strongest(unsafe), limits, patterns, tuple(lint or ()), jobs)
+    limits = Limits(asked.cpu, asked.wall, asked.memory_mb << 20)
+    return Checker(strongest(asked.unsafe), limits, patterns, lint, asked.jobs)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

@@ -10,10 +10,7 @@ if TYPE_CHECKING:
     from lmrepair.cli.patches.folders import apply as apply, revert as revert
     from lmrepair.cli.patches.parts import compose as compose, diff as diff
     from lmrepair.cli.patches.serve import (
-        Adapter as Adapter,
-        BaseFile as BaseFile,
-        Engine as Engine,
-        Rank as Rank,
+        EngineOptions as EngineOptions,
         export as export,
         verify_served as verify_served,
     )

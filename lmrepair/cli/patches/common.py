@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrepair.cli.starting import dtype_of, load_net
+from lmrepair.cli.options import LoadOptions
+from lmrepair.cli.starting import load_net
 from lmrepair.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,20 +18,15 @@ Copy = Annotated[bool, typer.Option("--copy", help="Copy unchanged files too, wh
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists, in one step.")]
 
 
-def load_for(patch: Patch, model: str | None, device: str, dtype: str, trust: bool) -> Net:
-    """A patch's model, in what the user says, or in what the patch was made in."""
-    return load_net(model, device, dtype_of(dtype, patch), 0, trust)
-
-
 def needed(model: str | None) -> str:
     if model is None:
         raise UsageError("which model? name the one the patch was made for with --model")
     return model
 
 
-def untouched(patch: Patch, model: str, device: str, dtype: str, trust: bool) -> Net:
+def untouched(patch: Patch, model: str, loading: LoadOptions) -> Net:
     """The model a patch was made for, checked bit for bit, without the patch."""
-    net = load_for(patch, model, device, dtype, trust)
+    net = load_net(model, loading.for_patch(patch))
     if patch.is_applied(net):
         patch.revert(net)
     return net

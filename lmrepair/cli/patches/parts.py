@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrepair.cli.options import Device, Dtype, Json, Model, PatchFile, Trust
+from lmrepair.cli.options import Json, LoadOptions, Model, PatchFile
 from lmrepair.cli.output import show_result
 from lmrepair.cli.patches.common import Force, untouched
 from lmrepair.errors import UsageError
@@ -21,13 +21,12 @@ OtherPatch = Annotated[Path, typer.Argument(metavar="OTHER", help="Another patch
 
 def compose(
     patches: Parts,
+    *,
     output: Composed,
     without_: Without = None,
     model: Model = None,
     force: Force = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
+    loading: LoadOptions,
     as_json: Json = False,
 ) -> None:
     """Put patches for one model together in one, or take parts out again; with --model, checked on it."""
@@ -36,7 +35,7 @@ def compose(
     from lmrepair.patch import Patch, combine, held_whole, without
 
     parts = [Patch.load(path) for path in patches]
-    net = untouched(parts[0], model, device, dtype, trust) if model is not None else None
+    net = untouched(parts[0], model, loading) if model is not None else None
     made = combine(parts, net) if len(parts) > 1 else parts[0]
     if len(parts) == 1 and not without_:
         raise UsageError("one patch to compose; expected two or more, or --without PART")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmrepair.cli.options import Device, Dtype, Json, Model, PatchFile, Trust
+from lmrepair.cli.options import Json, LoadOptions, Model, PatchFile
 from lmrepair.cli.output import show_result
 from lmrepair.cli.patches.common import Copy, Force, needed, untouched
-from lmrepair.cli.patches.folders import rewrite_folder
+from lmrepair.cli.patches.folders import FolderOptions, rewrite_folder
 from lmrepair.errors import UsageError, nearest
 from lmrepair.measure import visible
 
@@ -33,8 +33,19 @@ Engine = Annotated[str | None, typer.Option(help="Check in another engine: llama
 Adapter = Annotated[Path | None, typer.Option(help="The exported adapter to check; left out: made for the purpose.")]
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engine is asked, on which base, with which adapter."""
+
+    engine: Engine = None
+    base: BaseFile = None
+    adapter: Adapter = None
+    rank: Rank = None
+
+
 def export(
     patch: PatchFile,
+    *,
     to: To,
     model: Model = None,
     base: BaseFile = None,
@@ -43,9 +54,7 @@ def export(
     vllm: Vllm = False,
     force: Force = False,
     copy: Copy = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
+    loading: LoadOptions,
     as_json: Json = False,
 ) -> None:
     """Write a patch as a server takes it: a PEFT adapter, a llama.cpp LoRA (GGUF), or a merged model folder."""
@@ -53,7 +62,7 @@ def export(
     if kind not in KINDS:
         raise UsageError(f"--to {kind!r}: {nearest(kind, KINDS)}; expected --to KIND PATH")
     if kind == "merged":
-        rewrite_folder("apply", patch, needed(model), output, False, copy, force, device, dtype, trust, as_json)
+        rewrite_folder("apply", patch, needed(model), FolderOptions(output, False, copy, force), loading, as_json)
         return
     from lmrepair.patch import Patch
 
@@ -61,7 +70,7 @@ def export(
     if kind == "peft":
         from lmrepair.patch import Modules, save_peft
 
-        net = untouched(loaded, needed(model), device, dtype, trust)
+        net = untouched(loaded, needed(model), loading)
         made = factors_for(loaded, dict(enumerate(net.widths)), net, rank, vllm)
         save_peft(made.factors, Modules.of(net), output, force)
         size = sum(path.stat().st_size for path in output.iterdir())
@@ -69,7 +78,7 @@ def export(
     else:
         from lmrepair.patch import save_gguf
 
-        made, name = _for_gguf(loaded, model, base, architecture, rank, vllm, device, dtype, trust)
+        made, name = _for_gguf(loaded, model, base, architecture, rank, vllm, loading)
         save_gguf(made.factors, name, output, force)
         size = output.stat().st_size
         where = {"architecture": name}
@@ -113,16 +122,14 @@ def _for_gguf(
     architecture: str | None,
     rank: str | None,
     vllm: bool,
-    device: str,
-    dtype: str,
-    trust: bool,
+    loading: LoadOptions,
 ) -> tuple[Chosen, str]:
     """Factors and the base's architecture: from its GGUF, else as named, else as the model's config names it."""
     from lmrepair.patch import known_architecture, read_base
 
     if base is None and model is not None and is_gguf(model):
         base, model = Path(model), None
-    net = untouched(patch, model, device, dtype, trust) if model is not None else None
+    net = untouched(patch, model, loading) if model is not None else None
     if base is not None:
         found = read_base(base, patch)
         if architecture not in (None, found.architecture):
@@ -143,27 +150,19 @@ def is_gguf(path: str) -> bool:
 
 
 def verify_served(
-    engine: str,
-    path: Path,
-    model: str | None,
-    base: Path | None,
-    adapter: Path | None,
-    rank: str | None,
-    device: str,
-    dtype: str,
-    trust: bool,
-    as_json: bool,
+    engine: str, path: Path, model: str | None, asked: EngineOptions, loading: LoadOptions, as_json: bool
 ) -> None:
     """``verify --engine``: whether the repairs hold as another engine serves the base with the patch as an adapter."""
     from lmrepair.patch import ENGINES, Modules, Patch, answers, holding, llama_cpp, peft_on, save_gguf, save_peft
 
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")
+    base, adapter, rank = asked.base, asked.adapter, asked.rank
     patch = Patch.load(path)
     tokens = [item.tokens for item in patch.items]
     with tempfile.TemporaryDirectory() as folder:
         if engine == "peft":
-            net = untouched(patch, needed(model), device, dtype, trust)
+            net = untouched(patch, needed(model), loading)
             if adapter is None:
                 adapter = Path(folder) / "adapter"
                 save_peft(
@@ -179,7 +178,7 @@ def verify_served(
                 raise UsageError("llama.cpp runs a GGUF: name the base with --base model.gguf")
             if adapter is None:
                 adapter = Path(folder) / "adapter.gguf"
-                made, name = _for_gguf(patch, model, base, None, rank, False, device, dtype, trust)
+                made, name = _for_gguf(patch, model, base, None, rank, False, loading)
                 save_gguf(made.factors, name, adapter)
             right = [True] * len(tokens)
             before = holding(patch, 0, right, llama_cpp(base, None, tokens))

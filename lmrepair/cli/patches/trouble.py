@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmrepair.cli.options import Device, Dtype, Json, ModelFolder, Trust, Wrap
+from lmrepair.cli.options import Json, LoadOptions, ModelFolder, Wrap
 from lmrepair.cli.output import show_result
-from lmrepair.cli.patches.common import load_for, untouched
+from lmrepair.cli.patches.common import untouched
+from lmrepair.cli.starting import load_net
 from lmrepair.errors import UsageError
 from lmrepair.measure import visible
 
@@ -34,21 +35,14 @@ VARIABLE = "LMREPAIR_MODEL"
 SKIP, LAST = 125, 127  # exit statuses as git bisect run takes them
 
 
-def conflicts(
-    patches: Several,
-    model: ModelFolder,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
+def conflicts(patches: Several, *, model: ModelFolder, loading: LoadOptions, as_json: Json = False) -> None:
     """Foretell from gradients which patches will break what others repair, before any is applied with another."""
     from lmrepair.patch import Patch, forecasts
 
     if len(patches) < 2:
         raise UsageError("one patch has no other to conflict with; expected two or more")
     loaded = [Patch.load(path) for path in patches]
-    net = untouched(loaded[0], model, device, dtype, trust)
+    net = untouched(loaded[0], model, loading)
     found = forecasts(net, loaded)
     names = [str(path) for path in patches]
     data = {
@@ -73,13 +67,12 @@ def conflicts(
 
 
 def bisect(
+    *,
     model: ModelFolder,
     patches: InOrder,
     check: Check,
     template: Wrap = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust: Trust = False,
+    loading: LoadOptions,
     as_json: Json = False,
 ) -> None:
     """Find the first of an ordered list of patches with which a check fails, by halving."""
@@ -89,7 +82,7 @@ def bisect(
     if not paths:
         raise UsageError(f"{patches}: no patches in it; expected a folder with files *.safetensors")
     loaded = [Patch.load(path) for path in paths]
-    net = load_for(loaded[0], model, device, dtype, trust)
+    net = load_net(model, loading.for_patch(loaded[0]))
     good = (
         _failures_check(net, loaded, Path(check), template)
         if Path(check).is_file()

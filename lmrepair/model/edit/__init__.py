@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.edit.changes import (
+    from lmrepair.model.edit.changes import Change as Change, Edit as Edit, LowRank as LowRank
+    from lmrepair.model.edit.products import (
         EXPONENT as EXPONENT,
         SPREAD as SPREAD,
-        Change as Change,
         Delta as Delta,
-        Edit as Edit,
-        LowRank as LowRank,
         Product as Product,
         patched as patched,
     )

@@ -8,98 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lmrepair.model.edit.products import Delta, Product, patched
 from lmrepair.model.edit.sparse_integers import pack, unpack
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-LARGEST = 32767  # of a factor's whole numbers
-SPREAD = 16  # between the exponents of one layer's pairs: with it and AT_ONCE every sum below is exact in float64
-AT_ONCE = 64  # pairs of factors summed by one product
-EXPONENT = 100  # largest size of an exponent
-
-
-@dataclass(frozen=True)
-class Product:
-    """A change [k, d] of a layer's neurons, Δ = Σ_i 2^exponents_i · left_i ⊗ right_i, to be summed exactly.
-
-    ``left`` [r, k] and ``right`` [r, d] are int16, ``exponents`` [r] int16, no two further apart than SPREAD.
-    """
-
-    left: Tensor
-    right: Tensor
-    exponents: Tensor
-
-    @staticmethod
-    def of(left: Tensor, right: Tensor) -> Product:
-        """The product of factors [r, k] and [r, d], each row rounded to a grid of 16 bits.
-
-        Pairs that are too small beside the largest have a coarser one; what rounds to nothing is left out.
-        """
-        first, steps = _rounded(left, torch.full((len(left),), -EXPONENT))
-        _, own = _rounded(right, torch.full((len(right),), -EXPONENT))
-        highest = int((steps + own).max()) if len(left) else 0
-        second, own = _rounded(right, highest - SPREAD - steps)
-        kept = (first != 0).any(dim=1) & (second != 0).any(dim=1)
-        return Product(first[kept], second[kept], (steps + own)[kept].to(torch.int16))
-
-    @property
-    def rank(self) -> int:
-        return len(self.exponents)
-
-    def dense(self) -> Tensor:
-        """Δ [k, d] in float64.
-
-        The products of whole numbers and their sums over AT_ONCE pairs have at most 53 bits, so they are exact
-        in whatever order a machine takes them; more pairs than that are added up group by group.
-        """
-        scales = torch.ldexp(torch.ones(self.rank, dtype=torch.float64, device=self.left.device), self.exponents)
-        groups = zip((self.left * scales[:, None]).split(AT_ONCE), self.right.double().split(AT_ONCE), strict=True)
-        total = torch.zeros(self.right.shape[1], self.left.shape[1], dtype=torch.float64, device=self.left.device)
-        for left, right in groups:
-            total += right.T @ left
-        return total.T  # as a projection stores its neurons: most are [d, m]
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, k] and B [d, r], float32, with Δᵀ = B A exactly."""
-        halves = self.exponents // 2
-        left = torch.ldexp(self.left.float(), halves[:, None])
-        return left, torch.ldexp(self.right.float(), (self.exponents - halves)[:, None]).T
-
-    def times(self, scale: float) -> Product:
-        """The same factors, the right ones times ``scale`` and rounded anew."""
-        left, right = self.factors()
-        return Product.of(left, right.T.double() * scale)
-
-    def plus(self, other: Product) -> Product:
-        """The sum, of the rank of both."""
-        ours, theirs = self.factors(), other.factors()
-        return Product.of(torch.cat([ours[0], theirs[0]]), torch.cat([ours[1], theirs[1]], dim=1).T)
-
-    def to(self, device: torch.device | str) -> Product:
-        return Product(*(part.to(device) for part in (self.left, self.right, self.exponents)))
-
-
-Delta = Tensor | Product  # of k neurons: [k, d] float32, or factors
-
-
-def _rounded(rows: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [r, n] as int16 [r, n] times 2^exponent [r]: the smallest exponents that hold them, at ``least`` those."""
-    tops = rows.detach().double().abs().amax(dim=1).cpu()
-    fitting = torch.frexp(tops / LARGEST).exponent.clamp(min=-EXPONENT)
-    fitting = fitting - (tops <= torch.ldexp(torch.full_like(tops, LARGEST), fitting - 1)).int()
-    exponents = torch.maximum(fitting, least.to(fitting))
-    scaled = torch.ldexp(rows.detach().double(), -exponents.to(rows.device)[:, None])
-    return scaled.round().to(torch.int16), exponents.to(rows.device)
-
-
-def patched(values: Tensor, delta: Delta) -> Tensor:
-    """Neurons [k, d] with a change added, in their dtype.
-
-    Deltas are summed with them in float32, products in float64 and rounded to float32; either is then
-    rounded to the dtype.
-    """
-    if isinstance(delta, Product):
-        return delta.dense().add_(values).float().to(values.dtype)
-    return (values.float() + delta).to(values.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lmrepair.model.batches import Sites
-from lmrepair.model.edit.changes import BITS, Change, Delta, Edit, LowRank, Product, patched
+from lmrepair.model.edit.changes import BITS, Change, Edit, LowRank
+from lmrepair.model.edit.products import Delta, Product, patched
 from lmrepair.model.net import Net
 
 
