@@ -1,0 +1,53 @@
+"""The figures of a folder of results in one table, as the README shows them: the repairs made alone, tasks together.
+
+    python benchmarks/table.py benchmarks/results/real
+
+KL is the mean over the kinds of text named KINDS and over failures; other wordings are the share of target tokens
+preferred after the repair, a mean over failures that have such a wording; times are medians.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import fmean, median
+
+from lmrepair.bench.report.results import Result, Row, read_results
+
+KINDS = ("python", "mixed")
+WORDINGS = ("paraphrases", "context", "case")
+HEADS = ("model", "method", "repaired", "forward equivalents", "KL", "worst kind", *WORDINGS, "patch, MB")
+
+
+def main(folder: str) -> None:
+    done = [result for result in read_results(folder) if result.study == "alone" and result.rows]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for result in sorted(done, key=lambda one: one.order):
+        groups.setdefault((result.model, result.method), []).extend(result.rows)
+    print("|", " | ".join(HEADS), "|")
+    print("|" + "---|" * len(HEADS))
+    for (model, method), rows in groups.items():
+        print("|", " | ".join((model, method, *_figures(rows))), "|")
+
+
+def _figures(rows: Sequence[Row]) -> list[str]:
+    kinds = {key.split(".")[1] for row in rows for key in row.values if key.startswith("drift.")}
+    kls = {kind: _values(rows, f"drift.{kind}.kl") for kind in kinds}
+    worst = max((fmean(found) for found in kls.values() if found), default=float("nan"))
+    wordings = [_values(rows, f"generalisation.{one}.after.match") for one in WORDINGS]
+    return [
+        f"{sum(row.values.get('repaired', 0) > 0 for row in rows)} of {len(rows)}",
+        f"{median(_values(rows, 'cost.forward_equivalents')):.1f}",
+        f"{fmean(value for kind in KINDS for value in kls.get(kind, ())):.4f}",
+        f"{worst:.4f}",
+        *(f"{fmean(found):.3f}" if found else "" for found in wordings),
+        f"{median(_values(rows, 'patch.bytes')) / 1e6:.1f}",
+    ]
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    return [row.values[key] for row in rows if key in row.values]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
