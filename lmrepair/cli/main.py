@@ -47,7 +47,12 @@ def main() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    code = app(list(arguments), standalone_mode=False)
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's own word for a closed pipe is status 1
+            raise error.__context__ from None
+        raise
     if code == INTERRUPTED:  # typer's own word for Ctrl-C
         raise KeyboardInterrupt
     return int(code or 0)
