@@ -26,7 +26,7 @@ ROOMS = {
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
-    "cli": "output faults memory options starting patches repairing measuring demo study fix main",
+    "cli": "output faults options starting patches repairing measuring demo study fix main",
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
@@ -39,6 +39,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "patch.disk": "stored placing others copies writing source",
     "patch.serving": "factors choice peft gguf engines",
     "cli.patches": "common folders parts serve trouble",
+    "cli.faults": "verdicts memory",
     "cli.output": "console clock bars render render_measures",
     "cli.fix": "outcomes commands",
     "bench.report": "results figures tables plots page",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrepair.cli.memory import fitting, free_for, solve_advice
+from lmrepair.cli.faults import fitting, free_for, solve_advice
 from lmrepair.cli.options import (
     Failures,
     GateOptions,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmrepair.cli.memory import fitting, free, load_advice
+from lmrepair.cli.faults import fitting, free, load_advice
 from lmrepair.cli.options import LoadOptions, RowOptions
 from lmrepair.cli.output import say
 from lmrepair.measure import visible

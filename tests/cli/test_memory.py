@@ -13,8 +13,7 @@ from command import ROWS, write
 from oracle_models import FAILURES
 
 from lmrepair import MinKl, ModelError, Star
-from lmrepair.cli.faults import verdict
-from lmrepair.cli.memory import fitting, free, load_advice, solve_advice
+from lmrepair.cli.faults import fitting, free, load_advice, solve_advice, verdict
 from lmrepair.patch import save_model
 
 LITTLE = 300 << 20

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmrepair.cli.faults import memory_ran_out
+from lmrepair.cli.faults.verdicts import memory_ran_out
 from lmrepair.errors import LmrepairError
 
 if TYPE_CHECKING:
