@@ -195,8 +195,9 @@ def cache_of_links(world: World) -> None:
     real = world.sharded()
     snapshot = world.folder / "snapshot"
     snapshot.mkdir()
-    for path in real.iterdir():
-        (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
+    for path in real.rglob("*"):
+        link = snapshot / path.relative_to(real)
+        link.mkdir() if path.is_dir() else link.symlink_to(os.path.relpath(path, link.parent))
     before = digests(real)
     world.run(
         "apply", "patch.safetensors", "--model", "snapshot", "--in-place", status=2, says="is a link into a cache"
@@ -241,8 +242,7 @@ def raising_template(world: World) -> None:
 def second_bos(world: World) -> None:
     world.tiny()
     world.rows(*({"prompt": f"<s>user:hi{at}", "target": "b"} for at in range(3)))
-    said = world.run("diagnose", "rows.jsonl", "--model", "model", status=1, says="BOS")
-    assert said.count("BOS") <= 2
+    said = world.run("diagnose", "rows.jsonl", "--model", "model", status=1, says="leave it out of the prompt")
     assert said.count("lmrepair:") == 1
 
 
@@ -260,7 +260,7 @@ def forms(world: World) -> None:
             "test": "",
             "entry_point": "f",
         },
-        {"task_id": 2, "text": "Write f.", "code": "def f(): pass", "test_list": ["assert f() is None"]},
+        {"task_id": 601, "text": "Write f.", "code": "def f(): pass", "test_list": ["assert f() is None"]},
         {"question": "Age?", "context": "Ann is 7.", "answers": {"text": ["7"]}},
         {"prompt": "2+2=", "completion": "4"},
     )
