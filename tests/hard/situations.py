@@ -31,8 +31,10 @@ LMREPAIR = [sys.executable, "-m", "lmrepair"]
 ROW = {"prompt": "x = ", "target": "1\n", "id": "a"}
 QUICK = ["--own-texts", "1", "--max-kl", "inf"]
 USER = {"role": "user", "content": "hi"}
-TURNS = "{% for m in messages %}<s>{{ m.role }}:{{ m.content or '' }}{{ m.tool_calls or '' }}</s>{% endfor %}"
-TEMPLATE = "{{ tools or '' }}" + TURNS + "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+TURNS = (
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content or '' }}{{ m.tool_calls | count if m.tool_calls }}{% endfor %}"
+)
+TEMPLATE = "{{ tools | count if tools }}" + TURNS + "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 
 
 class World:
