@@ -18,7 +18,7 @@ from lmrepair.cli.fix import check, fix
 from lmrepair.cli.measuring import evaluate, show, verify
 from lmrepair.cli.options import Device, Json, with_options
 from lmrepair.cli.output import say, show_result
-from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, revert
+from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, push, revert
 from lmrepair.cli.repairing import diagnose, repair
 from lmrepair.cli.study import bench, report
 
@@ -92,6 +92,7 @@ for command in (
     apply,
     revert,
     export,
+    push,
     compose,
     diff,
     conflicts,

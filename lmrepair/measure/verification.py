@@ -56,7 +56,8 @@ def verify(net: Net, patch: Patch, reference: Reference) -> Verification:
         if claim.repaired
     )
     if not any(claim.repaired for claim in patch.items):
-        raise PatchError("the patch repairs nothing by its own record; there is nothing to verify")
+        why = "keeps its failures to itself" if patch.made.withheld else "repairs nothing by its own record"
+        raise PatchError(f"the patch {why}; there is nothing to verify")
     return Verification(holds and restored, tuple(found), written, drift, restored)
 
 
