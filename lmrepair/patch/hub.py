@@ -10,8 +10,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lmrepair.errors import PatchError, UsageError
+from lmrepair.model import HUB
 
-FILE, CARD, HUB = "patch.safetensors", "README.md", "hub:"
+FILE, CARD = "patch.safetensors", "README.md"
 # Its parents are what the HTTP library below raises, whichever that is.
 FAULTS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError, ValueError)
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")

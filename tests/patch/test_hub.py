@@ -19,10 +19,11 @@ import pytest
 from command import Run
 from oracle_models import FAILURES, bold_star
 
-from lmrepair import Patch, PatchError, UsageError, repair
+from lmrepair import ModelError, Patch, PatchError, UsageError, load, repair
 from lmrepair.cli.patches.hub import card
 from lmrepair.failures import read_reference
 from lmrepair.measure import verify
+from lmrepair.patch import save_model
 
 FORM = "{repo_id}/resolve/{revision}/{filename}"
 NAME, TOKEN = "someone/fix-dates", "hf_stand_in"
@@ -37,7 +38,7 @@ class Hub:
 
 
 class Endpoints(BaseHTTPRequestHandler):
-    """Creation, pre-upload, commit and resolution, as far as one push and one download ask for them."""
+    """Creation, a look at the card, pre-upload, commit and resolution, as far as they are asked for."""
 
     hub: Hub
 
@@ -66,6 +67,9 @@ class Endpoints(BaseHTTPRequestHandler):
             self.hub.repositories.setdefault(name, {})
             self.hub.private[name] = bool(asked.get("private") or asked.get("visibility") == "private")
             self._answer(200, json.dumps({"url": f"{self.here}/{name}", "id": name, "name": name}).encode())
+        elif self.path == "/api/validate-yaml":
+            wrong = [] if json.loads(content)["content"].startswith("---\n") else [{"message": "no YAML"}]
+            self._answer(200, json.dumps({"errors": wrong, "warnings": []}).encode())
         elif self.path.endswith("/preupload/main"):
             files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(content)["files"]]
             self._answer(200, json.dumps({"files": [{**one, "shouldIgnore": False} for one in files]}).encode())
@@ -79,7 +83,8 @@ class Endpoints(BaseHTTPRequestHandler):
             self._answer(200, json.dumps(made).encode())
 
     def do_GET(self) -> None:
-        name, _, path = self.path.lstrip("/").partition("/resolve/main/")
+        name, _, path = self.path.removeprefix("/api/models").lstrip("/").partition("/resolve/main/")
+        name = name.split("/tree/")[0]
         found = self.hub.repositories.get(name, {}).get(path)
         if found is None:
             code = "EntryNotFound" if name in self.hub.repositories else "RepoNotFound"
@@ -181,6 +186,23 @@ def test_what_cannot_be_pushed_or_fetched_is_one_line(
     assert run("push", "p", NAME)[0] == 2
     with pytest.raises(UsageError):
         Patch.load("hub:")
+
+
+def test_a_model_on_the_hub_is_loaded_and_its_wishes_for_code_are_refused(hub: Hub, tmp_path: Path) -> None:
+    net = oracle_models.net()
+    save_model(net, tmp_path / "made")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    hub.repositories["someone/tiny"] = files
+    found = load("hub:someone/tiny")
+    assert (found.name, found.source.kind) == ("someone/tiny", "hub")
+    assert all(oracle_models.same_bits(net.columns(at), found.columns(at)) for at in range(net.layers))
+    config = json.loads(files["config.json"])
+    asked = json.dumps({**config, "attn_implementation": "someone/kernel"}).encode()
+    hub.repositories["someone/other"] = {**files, "config.json": asked}
+    with pytest.raises(ModelError, match="asks for the code of 'someone/kernel'"):
+        load("hub:someone/other")
+    with pytest.raises(ModelError, match="someone/nothing"):
+        load("hub:someone/nothing")
 
 
 def test_nothing_that_a_stranger_wrote_is_markup_in_a_card(patch: Patch) -> None:
