@@ -371,7 +371,7 @@ def not_finite_with_patch(world: World) -> None:
         said = world.run(*arguments, "--model", "model", status=2, says="no finite numbers.*the patch is damaged")
         assert "NaN}" not in said
     world.rows(ROW, {"prompt": "say", "target": " hi"})
-    more = ["--learning-rate", "1e30", "--max-probe-kl", "inf"]
+    more = ["--learning-rate", "1e300", "--max-probe-kl", "inf"]
     world.run("repair", "rows.jsonl", "--model", "model", "--method", "sgd", *more, status=1, says="which was undone")
 
 
