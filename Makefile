@@ -41,6 +41,7 @@ hard: .venv/.test
 	$(BIN)/python tests/hard/kills.py --kills 200 --shards 1
 	$(BIN)/python tests/hard/fuzz.py --inputs 1000000
 	$(BIN)/python tests/hard/sizes.py --gigabytes 16
+	$(BIN)/python tests/hard/situations.py
 
 # The whole study in small, and its page: under three minutes on two cores.
 bench: .venv/.test

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lmrepair.bench.grid_file import EMBEDDED, Cell, DriftSpec, Job
+from lmrepair.bench.grid_file import EMBEDDED, Cell, DataSpec, DriftSpec, Job
 from lmrepair.bench.in_turn import cumulative
 from lmrepair.bench.machine import Peak, machine, versions
 from lmrepair.bench.records import (
@@ -152,7 +152,7 @@ def _rows(net: Net, job: Job) -> Rows:
     cell, spec = job.cell, job.cell.data
     path = data_file(job, spec.file, f"{spec.format}.jsonl")
     grid = read_grid(path) if spec.format == "grid" else None
-    everything = list(grid.cells) if grid else read_failures(path, spec.template)
+    everything = list(grid.cells) if grid else _task(spec, path)
     if grid:
         failing = _failing(net, everything, len(everything), spec.file)
         count = min(cell.failing or len(failing), len(failing))
@@ -162,10 +162,14 @@ def _rows(net: Net, job: Job) -> Rows:
         # No one model can give two targets for one prompt: of such rows the first is repaired.
         candidates = list({_asked(row): row for row in reversed(everything)}.values())[::-1]
     failing = _failing(net, candidates, cell.failing or len(everything), spec.file)
-    source = everything if spec.heldout is None else read_failures(job.data / spec.heldout, spec.template)
+    source = everything if spec.heldout is None else _task(spec, job.data / spec.heldout)
     asked = {_asked(row) for row in failing}
     heldout = [row for row in source if _asked(row) not in asked]
     return Rows(failing, everything, heldout[: cell.measures.heldout])
+
+
+def _task(spec: DataSpec, path: Path) -> list[Failure]:
+    return read_failures(path, spec.template, None, spec.chat, spec.end_turn)
 
 
 def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Failure]:

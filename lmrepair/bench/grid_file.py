@@ -23,6 +23,9 @@ FORMATS = ("failures", "grid")
 PROMPT = "prompt"  # the yardstick that puts the answer into the prompt: no weights change
 EMBEDDED = "embedded"
 TARGETING = ("layers", "pattern", "share")
+# Keys that came later: where they say nothing, a cell is made from what it was made from before they came.
+ABSENT = (("method", "statistics", None), ("method", "own_texts", None), ("method", "prefixes", 0),
+          ("data", "chat", False), ("data", "end_turn", True))  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -37,13 +40,18 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A task under a short name: its failures, the template of its prompts, and held-out rows of it."""
+    """A task under a short name: its failures, the template of its prompts, and held-out rows of it.
+
+    ``chat`` asks every prompt as a user's turn; without ``end_turn``, targets of chats stop before the turn's end.
+    """
 
     name: str
     file: str
     template: str | None = None
     heldout: str | None = None
     format: str = "failures"
+    chat: bool = False
+    end_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,9 @@ class Cell:
         built = self.method.build(self.targeting, self.seed)
         made = {**asdict(self), "targeting": dict(self.targeting)}
         made["method"] = {**made["method"], "settings": built.settings() if built else {}}
-        for key, absent in (("statistics", None), ("own_texts", None), ("prefixes", 0)):
-            if made["method"][key] == absent:
-                del made["method"][key]
+        for part, key, absent in ABSENT:
+            if made[part][key] == absent:
+                del made[part][key]
         made["drift"] = [asdict(spec) for spec in self.drift]
         return made
 
@@ -252,10 +260,12 @@ def _data(table: Table) -> DataSpec:
         template,
         table.path("heldout"),
         table.text("format", "failures", FORMATS),
+        table.take("chat", bool, False),
+        table.take("end_turn", bool, True),
     )
     table.done()
-    if spec.format == "grid" and (spec.template or spec.heldout):
-        raise UsageError(f"{table.where}: a grid of knowledge and wordings has no template and no held-out rows")
+    if spec.format == "grid" and (spec.template or spec.heldout or spec.chat or not spec.end_turn):
+        raise UsageError(f"{table.where}: a grid of knowledge and wordings has no template, chats and held-out rows")
     return spec
 
 

@@ -18,7 +18,7 @@ from lmrepair.cli.fix import check, fix
 from lmrepair.cli.measuring import evaluate, show, verify
 from lmrepair.cli.options import Device, Json, with_options
 from lmrepair.cli.output import say, show_result
-from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, revert
+from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, push, revert
 from lmrepair.cli.repairing import diagnose, repair
 from lmrepair.cli.study import bench, report
 
@@ -47,7 +47,12 @@ def main() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    code = app(list(arguments), standalone_mode=False)
+    try:
+        code = app(list(arguments), standalone_mode=False)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer's own word for a closed pipe is status 1
+            raise error.__context__ from None
+        raise
     if code == INTERRUPTED:  # typer's own word for Ctrl-C
         raise KeyboardInterrupt
     return int(code or 0)
@@ -87,6 +92,7 @@ for command in (
     apply,
     revert,
     export,
+    push,
     compose,
     diff,
     conflicts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ from lmrepair.cli.options import (
     HeldOut,
     Json,
     Kinds,
+    LoadOptions,
     Model,
     NoTexts,
     PatchFile,
@@ -34,6 +36,10 @@ from lmrepair.cli.output import (
 from lmrepair.cli.patches import EngineOptions, verify_served
 from lmrepair.cli.starting import load_net
 from lmrepair.measure import plain, visible
+
+Judge = Annotated[
+    str | None, typer.Option("--model", help="The patch's model: says which failure needed each layer; or embedded.")
+]
 
 
 def evaluate(
@@ -107,9 +113,18 @@ def verify(
     raise typer.Exit(0 if result.verified else 1)
 
 
-def show(patch: PatchFile, as_json: Json = False) -> None:
-    """Say what is in a patch file, after checking it."""
+def show(
+    patch: PatchFile,
+    *,
+    model: Judge = None,
+    loading: LoadOptions,
+    as_json: Json = False,
+) -> None:
+    """Say what is in a patch file, after checking it; with --model, which failure needed each layer."""
+    from lmrepair.measure import needed_by
     from lmrepair.patch import Patch
 
-    data = patch_data(Patch.load(patch))
+    loaded = Patch.load(patch)
+    net = load_net(model, loading.for_patch(loaded)) if model is not None else None
+    data = patch_data(loaded, needed_by(net, loaded) if net is not None else None)
     show_result(data, patch_text(data), as_json)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmrepair.cli.faults import fitting, free_for, solve_advice
 from lmrepair.cli.options import (
     Failures,
     GateOptions,
@@ -120,11 +121,12 @@ def repair(
     rows, net = start(failures, rows_as, model, loading)
     clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)
+    fits = fitting(free_for(net), lambda room: solve_advice(net, net.tokenize(rows), chosen, alone, room))
     known = chosen_statistics(net, chosen, statistics, own_texts)
     wordings = drawn_wordings(net, paraphrases, prefixes, loading.seed) if paraphrases or prefixes else None
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
-    with progress_bars() as progress:
+    with fits, progress_bars() as progress:
         if alone:
             repairs, sizes, drifts, saved = repair_alone(
                 net, rows, chosen, text, target, progress, gate, known, wordings, gating.drift

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmrepair.cli.faults import fitting, free, load_advice
 from lmrepair.cli.options import LoadOptions, RowOptions
 from lmrepair.cli.output import say
 from lmrepair.measure import visible
@@ -30,7 +32,8 @@ def load_net(model: str | None, loading: LoadOptions) -> Net:
     from lmrepair.model import load
 
     torch.manual_seed(loading.seed)
-    net = load(model, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust)
+    with fitting(free(), partial(load_advice, model)):
+        net = load(model, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust)
     if net.source.unread:
         shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
         more = ", …" * (len(net.source.unread) > 3)

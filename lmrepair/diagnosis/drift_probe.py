@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lmrepair.errors import NotFiniteError
 from lmrepair.failures import Tokens, read_kinds
 from lmrepair.model import Batch, Net, windows
 
@@ -42,7 +43,10 @@ class Probe:
 
     def kl(self) -> float:
         """Mean KL(before ‖ now), nats per token; infinite where what the net says now is no number."""
-        return divergence(self.before, _said(self.net, self.batch, self.rows))
+        try:
+            return divergence(self.before, _said(self.net, self.batch, self.rows))
+        except NotFiniteError:
+            return float("inf")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lmrepair.diagnosis import diagnose
-from lmrepair.errors import FailuresError, WrongModelError
+from lmrepair.errors import FailuresError, NotFiniteError, WrongModelError
 from lmrepair.failures import Protected, Reference, Tokens, prompt_ids, read_kinds
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.untouched import Measured, Untouched
@@ -142,6 +142,12 @@ class Guard:
 
     def weigh(self, changes: Changes, scale: float) -> Verdict:
         """What the changes times ``scale`` do that they must not; the net is as it was afterwards."""
+        try:
+            return self._weigh(changes, scale)
+        except NotFiniteError:
+            return Verdict(scale, ("what the model writes is no number any more",))
+
+    def _weigh(self, changes: Changes, scale: float) -> Verdict:
         with Scaled(changes, scale).on(self.net):
             found = diagnose(self.net, [*self.memory, *self.clear])
             broken = tuple(item.tokens for item in found if item.mistakes)

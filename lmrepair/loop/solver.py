@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lmrepair.diagnosis import Diagnosis, Heard, Probe, diagnoses, listening
-from lmrepair.errors import UsageError
+from lmrepair.errors import NotFiniteError, UsageError
 from lmrepair.failures import Tokens, Wordings
 from lmrepair.methods import Method, Problem
 from lmrepair.methods.maths import Bases
@@ -32,6 +33,8 @@ from lmrepair.model import (
 
 WORTH_SAYING = 1 << 28  # bytes of memory
 PREFIX = 12  # tokens of a text that is put before a prompt
+Read = TypeVar("Read")
+NO_NUMBER = "what it writes is no number any more"
 SCREEN = 0.25  # share of the bound on the probe's KL that prompts' own states may reach before the probe is read
 
 
@@ -109,11 +112,17 @@ class Solver:
         best, kept, preferred = -1, self.deltas, None
         for _ in range(self.method.rounds if self.method.early else 1):
             start = self.deltas
-            for number, item in enumerate(found):
-                self.progress("failures", number, len(found))
-                if item.mistakes and not self.stopped:
-                    work(item.tokens)
-            self.preferred = self.net.prefer(batches)
+            try:
+                for number, item in enumerate(found):
+                    self.progress("failures", number, len(found))
+                    if item.mistakes and not self.stopped:
+                        work(item.tokens)
+                self.preferred = self.net.prefer(batches)
+            except NotFiniteError:
+                if self.deltas is start:
+                    raise
+                self._undo(start, NO_NUMBER)  # one failure's steps can do that to another one's prompt
+                break
             found = diagnoses(batches, self.preferred, self.method.margin)
             right = sum(not item.mistakes for item in found)
             if right > best:
@@ -169,12 +178,13 @@ class Solver:
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
             if first is None:
-                with listening(self.net, batches) as now:
-                    reading = method.read(self.net, batches, self.sites, focus, margin, memory if step else None)
-                if step and self._ruined(heard, now, safe):
-                    break
+                remembered = memory if step else None
+                read = partial(method.read, self.net, batches, self.sites, focus, margin, remembered)
+                reading = self._followed(batches, heard, safe, read)
             else:
                 reading, first = first, None
+            if reading is None:
+                break
             self.preferred, safe = reading.preference, self.deltas
             if several:
                 right = _right(batches, reading.preference)
@@ -187,14 +197,16 @@ class Solver:
                 self.net, tuple(batches), self.sites, reading, everywhere if focus is None else focus,
                 self.deltas, self.known.bases, step, memory, self.known.metric, self._moved,
             )  # fmt: skip
-            answer = method.solve(problem)
+            try:
+                answer = method.solve(problem)
+            except NotFiniteError:
+                self._undo(safe, NO_NUMBER)
+                break
             memory = answer.memory
             self._move(answer.deltas)
             self.steps, self.preferred = self.steps + 1, None
         else:
-            with listening(self.net, batches) as now:
-                self.preferred = self.net.prefer(batches)
-            self._ruined(heard, now, safe)
+            self.preferred = self._followed(batches, heard, safe, lambda: self.net.prefer(batches))
         if not several and not method.undoes:
             return memory
         last = self.preferred = self.now(batches)
@@ -215,6 +227,20 @@ class Solver:
         self._move(deltas)
         return self._probe.kl()
 
+    def _followed(
+        self, batches: Sequence[Batch], heard: Heard | None, safe: Mapping[int, Delta], read: Callable[[], Read]
+    ) -> Read | None:
+        """What is ``read`` now; None where the steps since ``safe`` destroy the model, and are undone."""
+        try:
+            with listening(self.net, batches) as now:
+                made = read()
+        except NotFiniteError:
+            if self.deltas is safe:
+                raise
+            self._undo(safe, NO_NUMBER)
+            return None
+        return None if self.deltas is not safe and self._ruined(heard, now, safe) else made
+
     def _ruined(self, heard: Heard | None, now: Mapping[Tokens, Tensor], safe: Mapping[int, Delta]) -> bool:
         """Whether the model is being destroyed; then the change is the last ``safe`` one again.
 
@@ -229,14 +255,16 @@ class Solver:
         kl = self._moved(self.deltas)
         if kl <= most:
             return False
+        self._undo(safe, f"KL {kl:.3g} nats per token on a few positions of reference text, at most {most:g} allowed")
+        return True
+
+    def _undo(self, safe: Mapping[int, Delta], reason: str) -> None:
         self.stopped = (
-            f"stopped at step {self.steps}, which was undone: it destroys the model (KL {kl:.3g} nats per token on "
-            f"a few positions of reference text, at most {most:g} allowed); "
+            f"stopped at step {self.steps}, which was undone: it destroys the model ({reason}); "
             "try smaller steps, or allow more (max_probe_kl)"
         )
         self.deltas, self.preferred, self.converged = safe, None, False
         self.trial.write(safe)
-        return True
 
 
 def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:

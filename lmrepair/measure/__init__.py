@@ -45,6 +45,6 @@ if TYPE_CHECKING:
     from lmrepair.measure.shown import plain as plain, visible as visible
     from lmrepair.measure.summary import Material as Material, Measures as Measures, measure as measure
     from lmrepair.measure.texts import corpus_bleu as corpus_bleu, text_scores as text_scores
-    from lmrepair.measure.verification import verify as verify
+    from lmrepair.measure.verification import needed_by as needed_by, verify as verify
 
 __getattr__, __dir__ = door(__name__)

@@ -8,7 +8,7 @@ from lmrepair.diagnosis import Diagnosis, diagnose
 from lmrepair.errors import PatchError
 from lmrepair.failures import Reference
 from lmrepair.measure.drift import Drift, measure_drift
-from lmrepair.model import Net, settled
+from lmrepair.model import Net, Trial, put, settled
 from lmrepair.patch import Patch
 
 
@@ -56,5 +56,30 @@ def verify(net: Net, patch: Patch, reference: Reference) -> Verification:
         if claim.repaired
     )
     if not any(claim.repaired for claim in patch.items):
-        raise PatchError("the patch repairs nothing by its own record; there is nothing to verify")
+        why = "keeps its failures to itself" if patch.made.withheld else "repairs nothing by its own record"
+        raise PatchError(f"the patch {why}; there is nothing to verify")
     return Verification(holds and restored, tuple(found), written, drift, restored)
+
+
+def needed_by(net: Net, patch: Patch) -> dict[int, tuple[str, ...]]:
+    """Layer → ids of the failures whose repair is lost under teacher forcing where that layer alone stays untouched.
+
+    A repair that several layers can carry needs none of them. One pass a layer; the net is left as it was given.
+    Raises WrongModelError for a net the patch was not made for.
+    """
+    was_applied = patch.is_applied(net)
+    if was_applied:
+        patch.revert(net)
+    repaired = [item.tokens for item in patch.items if item.repaired]
+    deltas = {layer: change.delta for layer, change in patch.changes.items()}
+    found = {}
+    with Trial(net, patch.sites()) as trial:
+        trial.write(deltas)
+        held = [item.tokens for item in diagnose(net, repaired) if not item.mistakes]
+        for layer, delta in deltas.items():
+            put(net, layer, patch.changes[layer].columns, trial.originals[layer])
+            found[layer] = tuple(item.tokens.id for item in diagnose(net, held) if item.mistakes)
+            trial.write({layer: delta})
+    if was_applied:
+        patch.apply(net)
+    return found

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         settled as settled,
     )
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
-    from lmrepair.model.source import Source as Source
+    from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows
 
 __getattr__, __dir__ = door(__name__)

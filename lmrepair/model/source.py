@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+HUB = "hub:"  # before a name: on the hub, whatever lies here
+
 
 @dataclass(frozen=True)
 class Source:

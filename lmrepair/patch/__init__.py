@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from lmrepair.patch.folder import refuse_existing as refuse_existing, save_model as save_model
     from lmrepair.patch.format import Item as Item, Made as Made
+    from lmrepair.patch.hub import CARD as CARD, FILE as FILE, upload as upload
     from lmrepair.patch.patch import (
         LayerPart as LayerPart,
         Patch as Patch,

@@ -57,6 +57,7 @@ class Made:
     versions: Mapping[str, str]
     gate: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
+    withheld: int = 0  # failures that it was made for and does not tell
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Contents:
             "versions": dict(self.made.versions),
             **({"gate": dict(self.made.gate)} if self.made.gate else {}),
             **({"source": dict(self.made.source)} if self.made.source else {}),
+            **({"withheld": self.made.withheld} if self.made.withheld else {}),
         }
         text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
         blank = safetensors.torch.save(tensors, {KEY: text})
@@ -169,7 +171,10 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
     if len({(change.dtype, change.width) for change in changes.values()}) > 1:
         raise ValueError("layers of different dtype or width")
     items = tuple(_item_in(item) for item in record["failures"])
-    if not items:
+    withheld = record.get("withheld", 0)
+    if type(withheld) is not int or withheld < 0 or (items and withheld):
+        raise ValueError(f"withheld {withheld!r}")
+    if not items and not withheld:
         raise ValueError("it is for no failure")
     made = Made(
         _text(model["name"]),
@@ -179,6 +184,7 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record["versions"]),
         dict(record.get("gate", {})),
         dict(record.get("source", {})),
+        withheld,
     )
     return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers))
 

@@ -28,6 +28,7 @@ from lmrepair.model import (
     uninterrupted,
 )
 from lmrepair.patch.format import Contents, read_contents
+from lmrepair.patch.hub import fetched
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ class Patch(Contents):
         patch was made for; PatchError, with the weights as they were, if nothing moved.
         """
         self._fit(net, applied=False)
-        probe = net.batches([item.tokens for item in self.items[:1]])
+        probe = net.batches([item.tokens for item in self.items[:1]])  # none where they were withheld
         with Trial(net, self.sites()) as trial, settled(net.model), torch.inference_mode():
             before = [net.logits(batch) for batch in probe]
             trial.write({layer: change.delta for layer, change in self.changes.items()})
             after = [net.logits(batch) for batch in probe]
-            if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+            if probe and all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
                 raise PatchError("the patch was written but the model's logits did not move; the weights are as before")
             trial.keep()
 
@@ -187,8 +188,11 @@ class Patch(Contents):
 
     @staticmethod
     def load(path: str | Path) -> Patch:
-        """Read and check a patch. Raises PatchError for a file that is missing, damaged or no patch."""
-        found = read_contents(Path(path))
+        """Read and check a patch; ``hub:OWNER/NAME`` is one on the hub.
+
+        Raises PatchError for a file that is missing, damaged or no patch.
+        """
+        found = read_contents(fetched(path))
         return Patch(found.changes, found.items, found.made, found.fingerprint)
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import works
-from command import Run
+from command import Run, write
 
 from lmrepair import cli
-from lmrepair.bench.cell import measure, solved_before
-from lmrepair.bench.grid_file import BenchGrid, Job, read_grid
+from lmrepair.bench.cell import _task, measure, solved_before
+from lmrepair.bench.grid_file import BenchGrid, DataSpec, Job, read_grid
 from lmrepair.bench.run import Planned, Summary, bench, plan
 from lmrepair.errors import UsageError
 from lmrepair.failures.rows import Failure
@@ -120,6 +120,8 @@ def untimed(table: dict[str, Any]) -> dict[str, Any]:
         ('name = "habits"', "", "data 1: no name; expected text"),
         ("tokens = 64", "tokens = 64\n[[drift]]\nkind = 'python'", "drift names one kind twice"),
         ('kind = "python"', 'kind = "a.b"', "kind is 'a.b'; expected letters"),
+        ('name = "habits"', 'name = "habits"\nchat = "yes"', "chat is 'yes'; expected true or false"),
+        ('name = "habits"', 'name = "habits"\nend_turn = false\nformat = "grid"', "has no template, chats and"),
         ("heldout = 2", "heldout = -1", "heldout is -1; expected 0 or more"),
         ("[[studies]]", "[[study]]", "no studies; expected a list"),
         ("[[studies]]", "[[studies]]\nkind='alone'\n[[studies]]", "two studies hold the cell 'alone.embedded"),
@@ -152,6 +154,22 @@ def test_a_settings_default_is_part_of_what_a_cell_is_made_from(tmp_path: Path) 
     _, others = planned(tmp_path, GRID.replace('name = "star"', 'name = "star"\nsettings = {epochs = 7}'))
     assert cells[0].digest != others[0].digest
     assert [cell.digest for cell in cells[1:]] == [cell.digest for cell in others[1:]]
+
+
+def test_how_rows_are_asked_is_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
+    """And a grid that does not say it is as it was before grids could."""
+    digests = []
+    for more in ("", "\nchat = false\nend_turn = true", "\nchat = true", "\nend_turn = false"):
+        _, cells = planned(tmp_path, GRID.replace('name = "habits"', f'name = "habits"{more}'))
+        digests.append(cells[0].digest)
+        assert set(cells[0].config["data"]) - {"chat", "end_turn"} == {"name", "file", "template", "heldout", "format"}
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    chat = [{"role": "user", "content": "hi"}]
+    write(tmp_path / "rows.jsonl", {"messages": chat, "target": "b"}, {"prompt": "a", "target": "b"})
+    for asked, end_turn in ((False, True), (True, False)):
+        one, two = _task(DataSpec("x", "rows.jsonl", chat=asked, end_turn=end_turn), tmp_path / "rows.jsonl")
+        assert (one.end_turn, bool(two.messages)) == (end_turn, asked)
 
 
 def test_other_statistics_are_part_of_what_a_cell_is_made_from(tmp_path: Path) -> None:
@@ -216,24 +234,32 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
     assert found["sgd"]["status"] == found["prompt"]["status"] == "done"
 
 
-def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_it_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     made(tmp_path)
     script = (
         "import sys, works; from pathlib import Path; from lmrepair.bench import bench, plan\n"
-        "from lmrepair.bench import read_grid\n"
-        "if __name__ == '__main__':\n"
+        "from lmrepair.bench import read_grid\nfrom lmrepair.cli.faults import guarded\n"
+        "def run():\n"
         "    at = Path(sys.argv[1]); grid = read_grid(at / 'grid.toml')\n"
         "    bench(grid, plan(grid, at / 'out', at, at, threads=1), 1, 'local', print, works.slow)\n"
+        "if __name__ == '__main__': sys.exit(guarded(run))\n"
     )
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     second = tmp_path / "alone.embedded.habits.sgd.seed-0.begun"
     wait_for(lambda: second.exists() and bool(second.read_text()), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    _, said = process.communicate()
+    if how == signal.SIGTERM:
+        assert process.returncode == 143
+        assert said == b"lmrepair: error: stopped by SIGTERM; the model is as it was\n"
     worker = int(second.read_text())
     wait_for(lambda: not alive(worker))
     done = sorted((tmp_path / "out").glob("*.json"))

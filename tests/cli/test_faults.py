@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -33,6 +34,11 @@ def caused(error: Exception, by: Exception) -> Exception:
     return error
 
 
+def noted(error: Exception, text: str) -> Exception:
+    error.add_note(text)
+    return error
+
+
 VERDICTS: dict[str, tuple[BaseException, int, str]] = {
     "expected": (FailuresError("no such row"), 2, "no such row"),
     "usage": (typer.BadParameter("no such option"), 2, "see lmrepair --help"),
@@ -40,9 +46,12 @@ VERDICTS: dict[str, tuple[BaseException, int, str]] = {
     "file too large": (OSError(errno.EFBIG, "File too large", "p"), 2, "ulimit -f"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "p"), 2, "write elsewhere"),
     "memory": (MemoryError(), 2, "--layers last"),
-    "torch's memory": (RuntimeError(ALLOCATOR), 2, "out of memory (err == 0. DefaultCPUAllocator"),
+    "memory with what fits": (noted(MemoryError(), "what fits: --limit 3"), 2, "; what fits: --limit 3; the model is"),
+    "torch's memory": (RuntimeError(ALLOCATOR), 2, "out of memory (DefaultCPUAllocator"),
     "memory while loading": (caused(ModelError("cannot be loaded"), RuntimeError(ALLOCATOR)), 2, "--dtype bfloat16"),
     "memory of a template": (caused(FailuresError("the template's words"), MemoryError()), 2, "the template's words\n"),
+    "no room for a thread": (RuntimeError("can't start new thread"), 2, "out of memory (can't start new thread)"),
+    "the system's memory": (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory ([Errno 12] Cannot"),
     "GPU memory": (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), 2, "20.00 GiB"),
     "missing package": (ModuleNotFoundError("No module named 'peft'"), 2, "install"),
     "our own": (KeyError("x"), 2, "a fault of lmrepair's own, KeyError"),
@@ -290,3 +299,28 @@ def test_no_row_folder_or_stream_makes_a_traceback(
             assert stopped.value.code != 2 or not Path(name).exists()
 
     walk()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_standard_error_that_takes_nothing_changes_no_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Full(number)
+    stream.fileno = lambda: os.open(os.devnull, os.O_WRONLY)  # type: ignore[method-assign]
+
+    def refused() -> int:
+        logging.getLogger("lmrepair").warning("a note")
+        raise FailuresError("no such row")
+
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert guarded(refused, debug=True) == 2
+
+
+def test_a_pipe_that_a_command_finds_closed_is_status_141(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """typer catches it before we do, and would make it a 1."""
+    monkeypatch.setattr(sys, "stdout", Full(errno.EPIPE))
+    monkeypatch.setattr(sys, "argv", ["lmrepair", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 141
+    assert capsys.readouterr().err == ""

@@ -13,10 +13,12 @@ import torch
 from oracle_models import FAILURES, TEXT, State
 from torch import Tensor
 
-from lmrepair import Method, MinKl, Net, Sgd, UsageError, repair, repair_each
+from lmrepair import Gate, Method, MinKl, Net, Sgd, UsageError, repair, repair_each
 from lmrepair.diagnosis import drift_probe as probing
 from lmrepair.diagnosis.drift_probe import Heard, Probe, divergence, listening
-from lmrepair.methods.base import Problem, Step
+from lmrepair.errors import NotFiniteError
+from lmrepair.loop.judge import Guard
+from lmrepair.methods.base import MODES, Problem, Step
 from lmrepair.model.edit import Trial
 
 WRECK = Sgd(learning_rate=1e4)
@@ -159,3 +161,55 @@ def test_minkl_is_watched_as_all_are() -> None:
     (result,) = repair_each(net, FAILURES[:1], replace(MinKl(), max_probe_kl=1e-9))
     assert "destroys the model" in result.outcomes[0].reason
     assert result.patch is None
+
+
+@pytest.mark.parametrize("watched", [1.0, math.inf])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_that_turn_to_nan_undo_the_step_and_stop(mode: str, watched: float) -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    method = Pushes(epochs=3, mode=mode, sizes=(0.001, 0.002, 1e38), max_probe_kl=watched, rounds=1)
+    for result in repair_each(net, FAILURES[:2], method):
+        (outcome,) = result.outcomes
+        assert "which was undone: it destroys the model" in outcome.reason
+        assert result.patch is not None  # what stood before
+        assert max(float(change.deltas.abs().max()) for change in result.patch.changes.values()) < 1
+    result = repair(net, FAILURES[:2], method, TEXT)
+    assert all("which was undone" in outcome.reason for outcome in result.outcomes if outcome.failing)
+    assert not before.changed(net)
+
+
+def test_steps_for_one_failure_that_take_another_ones_numbers_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    real, calls = Net.prefer, iter(range(100))
+
+    def prefer(self: Net, batches: Sequence[Any]) -> Any:
+        if sum(len(batch.tokens) for batch in batches) == 2 and next(calls) == 1:  # after the first round
+            raise NotFiniteError("no finite numbers")
+        return real(self, batches)
+
+    monkeypatch.setattr(Net, "prefer", prefer)
+    result = repair(net, FAILURES[:2], Pushes(epochs=2, mode="batch"), TEXT)
+    assert result.patch is None
+    assert all("which was undone" in outcome.reason for outcome in result.outcomes if outcome.failing)
+    assert not before.changed(net)
+
+
+def test_the_probe_of_a_model_that_writes_no_numbers_is_infinite() -> None:
+    net = oracle_models.net()
+    probe = Probe.of(net)
+    with torch.no_grad():
+        net.columns(1).fill_(math.nan)
+    assert probe.kl() == math.inf
+
+
+def test_a_gate_refuses_a_patch_with_which_the_model_writes_no_numbers() -> None:
+    net = oracle_models.net()
+    guard = Guard.of(net, Gate(references=(TEXT,)), None, net.tokenize(FAILURES[:1]))
+    sites = net.every_site()
+    with Trial(net, sites) as trial:
+        changes = trial.changes({1: torch.full((48, 32), math.inf)})
+    verdict = guard.weigh(changes, 1.0)
+    assert verdict.reasons == ("what the model writes is no number any more",)
+    assert not verdict.passes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 from command import Run, write
 from oracle_models import FAILURES, State, bold_star
 
-from lmrepair import Drift, Reference, UsageError, answers, evaluate, measure_drift, repair_each
+from lmrepair import Drift, Reference, UsageError, answers, diagnose, evaluate, measure_drift, repair, repair_each
 from lmrepair.cli.options import read_references
 from lmrepair.cli.output.render_measures import measures_data, measures_text
 from lmrepair.failures.rows import Failure
+from lmrepair.measure import needed_by
 from lmrepair.measure.effects import side_effects
 from lmrepair.measure.grid import build_grid, grid_effects, read_grid
 from lmrepair.measure.intervals import bootstrap, paired
@@ -204,3 +206,30 @@ def test_references_by_kind(tmp_path: Path) -> None:
     for wrong in ("=x", "kind="):
         with pytest.raises(UsageError, match="KIND=FILE"):
             read_references([wrong])
+
+
+def test_which_failure_needed_each_layer_is_seen_by_leaving_it_as_it_was(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = oracle_models.net()
+    result = repair(net, FAILURES[:2], bold_star(learning_rate=0.1))
+    patch = result.patch
+    assert patch is not None
+    state = State.of(net)
+    found = needed_by(net, patch)
+    assert not state.changed(net)  # applied before, applied after
+    patch.revert(net)
+    assert needed_by(net, patch) == found
+    assert any(found.values())
+    for layer, ids in found.items():
+        rest = replace(patch, changes={at: change for at, change in patch.changes.items() if at != layer})
+        with rest.on(net) if rest.changes else nullcontext():
+            lost = [item.tokens.id for item in diagnose(net, FAILURES[:2]) if item.mistakes]
+        assert list(ids) == [one for one in lost if one in [i.tokens.id for i in patch.items if i.repaired]]
+    patch.save(tmp_path / "p")
+    monkeypatch.setattr("lmrepair.model.load", lambda *_, **__: net)
+    _, out, _ = run("show", "p", "--model", "tiny", "--json")
+    assert {part["layer"]: tuple(part["needed_by"]) for part in json.loads(out)["by_layer"]} == found
+    _, out, _ = run("show", "p", "--model", "tiny")
+    assert out.count("needed by") == sum(map(bool, found.values()))
+    assert "needed" not in run("show", "p")[1]

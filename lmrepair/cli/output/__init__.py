@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         say as say,
         say_json as say_json,
         show_result as show_result,
+        unheard as unheard,
     )
     from lmrepair.cli.output.render import (
         diagnosis_data as diagnosis_data,

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from lmrepair.measure import plain, visible
@@ -21,8 +21,9 @@ def say(line: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     if not _writes(stream, line):
         line = line.translate(PLAIN)
-    stream.write(line + "\n")
-    stream.flush()
+    with unheard() if stream is sys.stderr else nullcontext():
+        stream.write(line + "\n")
+        stream.flush()
 
 
 def say_json(data: Mapping[str, Any]) -> None:
@@ -71,6 +72,15 @@ def drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Where standard error takes nothing more (full, or a closed pipe), the work goes on unheard."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class _Once(logging.Handler):

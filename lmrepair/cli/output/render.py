@@ -7,7 +7,7 @@ which could drive a terminal, are spelled out, and nothing is read as markup.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmrepair.measure import plain, visible
@@ -222,8 +222,8 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def patch_data(patch: Patch) -> dict[str, Any]:
-    """What ``show --json`` prints."""
+def patch_data(patch: Patch, needed: Mapping[int, Sequence[str]] | None = None) -> dict[str, Any]:
+    """What ``show --json`` prints; ``needed``: layer → ids of the failures that need it, where that was looked at."""
     from lmrepair.patch import by_layer
 
     return {
@@ -232,7 +232,10 @@ def patch_data(patch: Patch) -> dict[str, Any]:
         "method": patch.made.method,
         "settings": dict(patch.made.settings),
         "layers": {str(layer): len(change.columns) for layer, change in patch.changes.items()},
-        "by_layer": [vars(part) for part in by_layer(patch)],
+        "by_layer": [
+            vars(part) if needed is None else {**vars(part), "needed_by": list(needed[part.layer])}
+            for part in by_layer(patch)
+        ],
         "parts": dict(patch.made.settings["parts"]) if patch.made.method == "compose" else {},
         "neurons": patch.neurons,
         "bytes": patch.size,
@@ -256,6 +259,14 @@ def patch_data(patch: Patch) -> dict[str, Any]:
     }
 
 
+def _needed(part: Mapping[str, Any]) -> str:
+    if "needed_by" not in part:
+        return ""
+    ids = [visible(one, 40) for one in part["needed_by"][:5]]
+    more = f" and {len(part['needed_by']) - 5} more" if len(part["needed_by"]) > 5 else ""
+    return f", needed by {', '.join(ids)}{more}" if ids else ", no failure needs it alone"
+
+
 def patch_text(data: dict[str, Any]) -> list[str]:
     """The same as lines."""
     settings = ", ".join(f"{key} {value}" for key, value in data["settings"].items() if not data["parts"])
@@ -266,7 +277,7 @@ def patch_text(data: dict[str, Any]) -> list[str]:
         f"changes    {data['neurons']:,} neurons, {_bytes(data['bytes'])}",
         *(
             f"layer {part['layer']:>4} {part['neurons']:>7,} neurons, rank {part['rank']:>4}, norm {part['norm']:.3g}, "
-            f"{_bytes(part['bytes'])}"
+            f"{_bytes(part['bytes'])}{_needed(part)}"
             for part in data["by_layer"]
         ),
         f"largest    delta {data['largest_delta']:.2e}",

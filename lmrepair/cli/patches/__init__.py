@@ -8,6 +8,7 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.cli.patches.folders import apply as apply, revert as revert
+    from lmrepair.cli.patches.hub import push as push
     from lmrepair.cli.patches.parts import compose as compose, diff as diff
     from lmrepair.cli.patches.serve import (
         EngineOptions as EngineOptions,

@@ -13,6 +13,7 @@ from urllib.request import getproxies
 import huggingface_hub
 import torch
 from torch import nn
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lmrepair.errors import ModelError, UsageError, nearest
@@ -21,7 +22,7 @@ from lmrepair.model.loading.checkpoint import loading, quietly, read_checkpoint
 from lmrepair.model.loading.consent import ADAPTER, refuse_unasked
 from lmrepair.model.loading.gguf_file import SUFFIX, gguf_options, gguf_source, parsed_once, unmark
 from lmrepair.model.net import DTYPES, Net
-from lmrepair.model.source import Source
+from lmrepair.model.source import HUB, Source
 
 EMBEDDED = "embedded"
 
@@ -34,7 +35,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Net:
-    """Load a causal LM: a folder, a GGUF file, a hub name, a model object, or (by default) the embedded one.
+    """Load a causal LM: a folder, a GGUF file, (hub:)NAME on the hub, a model object, or the embedded one (default).
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
     cuda:1, …, or auto (cuda where there is one). Weights come from safetensors or GGUF only, and no code of
@@ -52,10 +53,13 @@ def load(
     if str(model).lower().endswith(SUFFIX) and Path(str(model)).is_file():
         return _from_gguf(Path(str(model)), tokenizer, where, wanted, trust_remote_code)
     embedded = model is None or model == EMBEDDED
-    folder = str(shipped("model")) if embedded else str(model)
-    kind = EMBEDDED if embedded else "folder" if Path(folder).is_dir() else "hub"
+    named = str(model).startswith(HUB)
+    folder = str(shipped("model")) if embedded else str(model).removeprefix(HUB)
+    kind = EMBEDDED if embedded else "hub" if named or not Path(folder).is_dir() else "folder"
     options: dict[str, Any] = {}
     if kind == "hub":
+        if named and Path(folder).exists():
+            raise ModelError(f"{model}: {folder} lies here as well and would be taken; name one of them otherwise")
         if Path(folder).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", folder) or folder.endswith(SUFFIX):
             raise ModelError(
                 f"{folder}: no such model folder or GGUF file; expected a folder with config.json, a file "
@@ -65,6 +69,9 @@ def load(
             # What was downloaded before; else transformers retries for half a minute.
             options["local_files_only"] = True
         _refuse_adapter(folder, options)
+        with quietly(), loading(folder):
+            config = cached_file(folder, "config.json", **options)
+        refuse_unasked(Path(str(config)).parent, trust_remote_code)
     else:
         if not any((Path(folder) / name).exists() for name in ("config.json", ADAPTER)):
             raise ModelError(f"{folder}: no config.json in it; expected a Hugging Face model folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from types import FrameType, TracebackType
 
 import typer
 
-from lmrepair.cli.output import drop_output, notes, open_streams, say
+from lmrepair.cli.output import drop_output, notes, open_streams, say, unheard
 from lmrepair.errors import FailuresError, LmrepairError
 from lmrepair.measure import visible
 
@@ -27,7 +28,7 @@ ADVICE = {
     errno.EROFS: "write elsewhere",
     errno.EACCES: "write where you may, or read what you may",
 }
-FITS = "less is needed with --layers last, --neurons 16, --dtype bfloat16, or fewer failures at a time (--limit)"
+FITS = "less is needed with --layers last, --dtype bfloat16, or fewer failures at a time (--limit)"
 
 
 class Stopped(BaseException):
@@ -64,7 +65,8 @@ class _OneLine:
         if isinstance(error, OSError):
             drop_output()
         if line and self.debug:
-            traceback.print_exception(error)
+            with unheard():
+                traceback.print_exception(error)
         if line:
             complain(line)
         return True
@@ -88,10 +90,10 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED, ""
     # A template that asks for too much is the row's fault, and says so itself.
-    reasons = () if isinstance(error, FailuresError) else _chain(error)
-    short = next((one for one in reasons if is_out_of_memory(one)), None)
+    short = None if isinstance(error, FailuresError) else memory_ran_out(error)
     if short is not None:
-        return BAD, f"out of memory ({_words(short)}){_free()}; {FITS}; {AS_IT_WAS}"
+        fits = "; ".join(getattr(error, "__notes__", [FITS]))
+        return BAD, f"out of memory ({_words(short)}); {fits}; {AS_IT_WAS}"
     if isinstance(error, LmrepairError):
         return BAD, str(error)
     if isinstance(error, typer.TyperException):
@@ -110,12 +112,22 @@ def verdict(error: BaseException) -> tuple[int, str]:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, torch's on the CPU (a bare RuntimeError) or on a GPU."""
+def memory_ran_out(error: BaseException) -> BaseException | None:
+    """What says, of an error and its causes, that memory ran out; None where none does."""
+    return next((one for one in _chain(error) if _is_out_of_memory(one)), None)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, the system's, torch's on the CPU (a bare RuntimeError) or on a GPU.
+
+    Where no room is left for a thread's stack, Python says only that it could not start one.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "out of memory", "can't start new thread")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -126,18 +138,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split()).removeprefix("[enforce fail at alloc_cpu.cpp:118] ")
+    text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", " ".join(str(error).split()))
     return text[:200] or type(error).__name__
-
-
-def _free() -> str:
-    """How much memory could still be had, where the system says."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return f"; {int(lines['MemAvailable'].split()[0]) / 1e6:.1f} GB are free"
-    except (OSError, KeyError, ValueError, IndexError):
-        return ""
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""Where memory runs out, what is said to fit does fit: sizes computed, and tried in processes with little memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle_models
+import pytest
+from command import ROWS, write
+from oracle_models import FAILURES
+
+from lmrepair import MinKl, ModelError, Star
+from lmrepair.cli.faults import fitting, free, load_advice, solve_advice, verdict
+from lmrepair.patch import save_model
+
+LITTLE = 300 << 20
+# The command line in a process that may take so much more memory than it has once the model is loaded.
+SCRIPT = """
+import resource, sys
+from lmrepair import model
+from lmrepair.cli import main
+room, real = int(sys.argv.pop(1)), model.load
+def load(*given, **named):
+    net = real(*given, **named)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
+    return net
+model.load = load
+main()
+"""
+
+
+def limited(folder: Path, room: int, *arguments: str) -> tuple[int, str]:
+    """Status and standard error of ``lmrepair repair`` with ``room`` bytes."""
+    given = ["repair", "rows.jsonl", "--method", "minkl", "--own-texts", "2", "--max-kl", "inf", "--epochs", "1"]
+    command = [sys.executable, "-c", SCRIPT, str(room), *given, *arguments]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return run.returncode, run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
+def test_what_is_said_to_fit_fits(tmp_path: Path) -> None:
+    text = "# a line of text\n" * 8 + str(ROWS[0]["prompt"])
+    rows = [{**ROWS[0], "prompt": f"x{at} = {at}\n{text}", "id": str(at)} for at in range(24)]
+    write(tmp_path / "rows.jsonl", *rows)
+    code, said = limited(tmp_path, LITTLE)
+    assert code == 2, said
+    assert "out of memory" in said
+    assert said.count("\n") == 1 + said.count("lmrepair: statistics")
+    found = re.search(r"what fits: --limit (\d+)", said)
+    assert found, said
+    assert 1 <= int(found[1]) < len(rows)
+    code, said = limited(tmp_path, LITTLE, "--limit", found[1])
+    assert code in (0, 1), said
+    assert "out of memory" not in said
+
+
+def test_the_advice_is_computed_from_failures_method_and_room() -> None:
+    net = oracle_models.net()
+    tokens = net.tokenize(FAILURES)
+    whole = solve_advice(net, tokens, MinKl(), False, 1 << 40)
+    assert whole.startswith("4 failures with minkl take about 0.0")
+    assert "what fits: --limit 3 (" in whole
+    assert "--alone (" in whole
+    assert "--layers last (" in whole
+    assert "--dtype bfloat16 (" in whole
+    assert "nothing less fits: free some memory" in solve_advice(net, tokens, MinKl(), False, 0)
+    assert "--limit" not in solve_advice(net, tokens[:1], MinKl(), False, 1 << 40)
+    assert "--layers" not in solve_advice(net, tokens, MinKl(layers="last"), True, 1 << 40)
+    assert "--alone" not in solve_advice(net, tokens, Star(), True, 1 << 40)
+
+
+def test_of_a_folder_it_says_in_which_dtype_it_fits(tmp_path: Path) -> None:
+    net = oracle_models.net()
+    save_model(net, tmp_path / "model")
+    numbers = sum(parameter.numel() for parameter in net.model.parameters())
+    said = {room: load_advice(str(tmp_path / "model"), room) for room in (0, 3 * numbers, 5 * numbers)}
+    assert "nothing less fits" in said[0]
+    assert said[3 * numbers].endswith("what fits: --dtype bfloat16")
+    assert said[5 * numbers].endswith("what fits: --dtype float32, --dtype bfloat16")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert load_advice(str(tmp_path / "model"), 7) == load_advice(None, 7)
+
+
+def test_only_what_runs_out_of_memory_is_noted() -> None:
+    for error, noted in ((MemoryError(), True), (ModelError("another"), False)):
+        with pytest.raises(type(error)) as caught, fitting(free(), lambda room: f"{room} were free"):
+            raise error
+        assert ("were free" in verdict(caught.value)[1]) == noted
+    assert (free() or 1) > 0
