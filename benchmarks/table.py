@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from lmrepair.bench.report.results import Result, Row, read_results
+from lmrepair.bench.report.results import Row, read_results
 
 KINDS = ("python", "mixed")
 WORDINGS = ("paraphrases", "context", "case")
