@@ -127,6 +127,8 @@ def test_a_turn_ends_with_a_token_that_was_added_though_it_is_none_of_the_specia
 def test_a_tokenizer_that_tidies_spaces_up_hides_no_target() -> None:
     tokenizer = oracle_models.tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert tokenizer.decode(tokenizer("an .")["input_ids"]) == "<s>an."
     made = tokenize(Failure("a", "n .", "row"), tokenizer)
     assert tokenizer.decode(list(made.ids), clean_up_tokenization_spaces=False) == "<s>an ."
 

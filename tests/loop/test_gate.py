@@ -61,7 +61,7 @@ def solved(net: Net, failures: list[Failure], method: Method = STAR) -> dict[int
 
 def twin(net: Net, changes: dict[int, Change], scale: float) -> Any:
     """A copy of the net's model with the deltas times ``scale`` added by hand."""
-    other = Net(copy.deepcopy(net.model), net.tokenizer, net.name)
+    other = copy.deepcopy(net)
     with torch.no_grad():
         for layer, change in changes.items():
             other.columns(layer)[change.columns] += scale * change.deltas

@@ -12,8 +12,26 @@ from oracle_models import FAILURES
 from torch import Tensor
 
 from lmrepair import FineTune, Lora, Method, Net, Sgd, Star, repair_each
-from lmrepair.methods.maths.optimiser import Way, again, go, steepest, units
+from lmrepair.methods.maths.optimiser import Way, adam, again, go, steepest, units
 from lmrepair.model.batches import Sites
+
+
+def test_adam_goes_as_torchs_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(3, 4, dtype=torch.float64, generator=generator) for name in ("a", "b")}
+    theirs = {name: one.clone().requires_grad_() for name, one in weights.items()}
+    optimiser, moments = torch.optim.Adam(theirs.values(), lr=0.03), None
+    for _ in range(4):
+        gradients = {name: torch.randn(3, 4, dtype=torch.float64, generator=generator) for name in weights}
+        for name, gradient in gradients.items():
+            theirs[name].grad = gradient.clone()
+        optimiser.step()
+        moves, moments = adam(gradients, moments, 0.03)
+        weights = {name: one + moves[name] for name, one in weights.items()}
+        for name, one in weights.items():
+            assert torch.allclose(one, theirs[name], rtol=0, atol=1e-12)
+    assert moments is not None
+    assert moments.steps == 4
 
 
 def way(slope: float, loss: float = 2.0, kl: float = 0.25) -> Way:
