@@ -30,7 +30,7 @@ ROOMS = {
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
-    "model.anatomy": "probe norm projections places",
+    "model.anatomy": "stacks products mixtures probe norm projections places",
     "model.edit": "sparse_integers products changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",

@@ -9,7 +9,12 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import weight as weight
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
-    from lmrepair.model.digests import Fingerprint as Fingerprint, digest as digest, fingerprint as fingerprint
+    from lmrepair.model.digests import (
+        Fingerprint as Fingerprint,
+        digest as digest,
+        fingerprint as fingerprint,
+        layer_digest as layer_digest,
+    )
     from lmrepair.model.edit import (
         EXPONENT as EXPONENT,
         SPREAD as SPREAD,
