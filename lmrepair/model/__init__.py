@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Moment as Moment,
         OnDemand as OnDemand,
         Statistics as Statistics,
+        blocks as blocks,
     )
     from lmrepair.model.net import (
         DTYPES as DTYPES,
