@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ class Fingerprint:
 
     A layer's digest leaves out the neurons that the patch changes, if it holds their original values: these
     stand for them, and the digest is the same before and after the patch. Of a layer that is changed as a whole
-    by factors, it is that of the original.
+    by factors, it is that of the original. ``experts``: layer → the widths of its experts, of layers that have any.
     """
 
     body: str
     layers: tuple[str, ...]
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
@@ -40,7 +41,9 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
     with ThreadPoolExecutor() as pool:
         parts = pool.map(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
         layers = pool.map(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
-        return Fingerprint(hashlib.sha256("\n".join(parts).encode()).hexdigest(), tuple(layers))
+        body = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        experts = {at: place.widths for at, place in enumerate(net.anatomy.ffns) if not place.dense}
+        return Fingerprint(body, tuple(layers), experts)
 
 
 def layer_digest(net: Net, layer: int, changed: Tensor | None = None) -> str:

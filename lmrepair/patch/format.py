@@ -84,6 +84,7 @@ class Contents:
                 "name": self.made.model,
                 "body": self.fingerprint.body,
                 "layers": list(self.fingerprint.layers),
+                **({"experts": _experts_out(self.fingerprint)} if self.fingerprint.experts else {}),
             },
             "method": {"name": self.made.method, "settings": dict(self.made.settings)},
             "failures": [_item_out(item) for item in self.items],
@@ -186,7 +187,14 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record.get("source", {})),
         withheld,
     )
-    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers))
+    experts = {int(layer): tuple(widths) for layer, widths in model.get("experts", {}).items()}
+    if not all(type(width) is int and width > 0 for widths in experts.values() for width in widths):
+        raise ValueError("experts without a width")
+    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers, experts))
+
+
+def _experts_out(fingerprint: Fingerprint) -> dict[str, list[int]]:
+    return {str(layer): list(widths) for layer, widths in sorted(fingerprint.experts.items())}
 
 
 def _tensors(change: Edit) -> dict[str, Tensor]:

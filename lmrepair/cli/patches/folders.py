@@ -91,5 +91,5 @@ def _through_memory(verb: str, patch: Patch, model: str, output: Path, loading: 
     net = load_net(model, loading.for_patch(patch))
     getattr(patch, verb)(net)
     save_model(net, output)
-    names = {layer: f"{net.anatomy.names[layer]}.weight" for layer in patch.changes}
+    names = {layer: net.anatomy.ffns[layer].stacks[0].name for layer in patch.changes}
     return Rewritten(output, names, ("every file",), "every weight", ())

@@ -169,8 +169,8 @@ class Sum:
         if self.kind == "blocks":
             self.parts = self.parts or [x.new_zeros(max(self.widths), x.shape[1])]
             for one in blocks(self.widths):
-                rows = x[:, one][x[:, one].any(dim=1)]  # of the tokens that the expert saw
-                self.parts[0][: one.stop - one.start, one].addmm_(rows.T, rows)
+                mine = x[:, one][x[:, one].any(dim=1)]  # of the tokens that the expert saw
+                self.parts[0][: one.stop - one.start, one].addmm_(mine.T, mine)
             return
         if self.kind != "full":
             self.parts = [sum(self.parts, x.square().sum(dim=0))]
@@ -186,7 +186,8 @@ class Sum:
         if self.kind == "sampled":
             return Moment("sampled", self.parts[0])
         if self.kind == "blocks":
-            found = [(self.parts[0][: one.stop - one.start, one] / count).cpu() for one in blocks(self.widths)]
+            some = blocks(self.widths)
+            found = [(self.parts[0][: one.stop - one.start, one] / count).cpu() for one in some]
             return Moment.of_blocks([(block + block.T) / 2 for block in found])
         if self.kind != "full":
             mean = (self.parts[0] / count).cpu()

@@ -63,8 +63,15 @@ class Factors:
 def exact(patch: Patch, widths: Mapping[int, int]) -> Factors:
     """The factors of a patch for projections of ``widths`` neurons: one-hot rows of A, or the deltas' own rank if less.
 
-    Raises PatchError for a layer that the model does not have, or a neuron that it has no room for.
+    Raises PatchError for a layer that the model does not have, or a neuron that it has no room for, UsageError for
+    a mixture of experts: what a LoRA does to an expert differs from engine to engine.
     """
+    experts = sorted({*patch.changes} & {*patch.fingerprint.experts})
+    if experts:
+        raise UsageError(
+            f"layers {experts} are mixtures of experts, and adapters for experts are not written; serve the patched "
+            "model itself: lmrepair apply, or --to merged"
+        )
     found = {}
     for layer, change in patch.changes.items():
         if layer not in widths or int(change.columns[-1]) >= widths[layer]:
