@@ -36,7 +36,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
-    "patch.disk": "stored placing others copies writing source",
+    "patch.disk": "stored placing experts others copies writing source",
     "patch.serving": "factors choice peft gguf engines",
     "cli.patches": "common folders parts serve trouble hub",
     "cli.faults": "verdicts memory",

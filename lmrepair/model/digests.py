@@ -22,12 +22,13 @@ class Fingerprint:
 
     A layer's digest leaves out the neurons that the patch changes, if it holds their original values: these
     stand for them, and the digest is the same before and after the patch. Of a layer that is changed as a whole
-    by factors, it is that of the original. ``experts``: layer → the widths of its experts, of layers that have any.
+    by factors, it is that of the original. ``experts``: of layers that are mixtures, how many
+    experts of which width there are, in the order in which their neurons are counted.
     """
 
     body: str
     layers: tuple[str, ...]
-    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
 def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
@@ -41,9 +42,9 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
     with ThreadPoolExecutor() as pool:
         parts = pool.map(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
         layers = pool.map(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
-        body = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        experts = {at: place.widths for at, place in enumerate(net.anatomy.ffns) if not place.dense}
-        return Fingerprint(body, tuple(layers), experts)
+        whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        experts = {at: place.groups for at, place in enumerate(net.anatomy.ffns) if not place.dense}
+        return Fingerprint(whole, tuple(layers), experts)
 
 
 def layer_digest(net: Net, layer: int, changed: Tensor | None = None) -> str:

@@ -10,12 +10,8 @@ from safetensors import safe_open
 
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import flush, umask
-<<<<<<< HEAD
-from lmrepair.model import Net, quietly
-from lmrepair.patch.disk import beside, place_folder
-=======
 from lmrepair.model import Net, digest, quietly
->>>>>>> 01f6dba (Patches say which layers are mixtures; adapters for experts are refused; saved folders are checked expert by expert)
+from lmrepair.patch.disk import beside, place_folder
 
 
 def refuse_existing(output: Path) -> None:

@@ -187,14 +187,22 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record.get("source", {})),
         withheld,
     )
-    experts = {int(layer): tuple(widths) for layer, widths in model.get("experts", {}).items()}
-    if not all(type(width) is int and width > 0 for widths in experts.values() for width in widths):
-        raise ValueError("experts without a width")
-    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers, experts))
+    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers, _experts_in(model)))
 
 
-def _experts_out(fingerprint: Fingerprint) -> dict[str, list[int]]:
-    return {str(layer): list(widths) for layer, widths in sorted(fingerprint.experts.items())}
+def _experts_out(fingerprint: Fingerprint) -> dict[str, list[list[int]]]:
+    return {str(at): [list(group) for group in groups] for at, groups in sorted(fingerprint.experts.items())}
+
+
+def _experts_in(model: Mapping[str, Any]) -> dict[int, tuple[tuple[int, int], ...]]:
+    found = {
+        int(layer): tuple((count, width) for count, width in groups)
+        for layer, groups in dict(model.get("experts", {})).items()
+    }
+    numbers = [number for groups in found.values() for group in groups for number in group]
+    if not all(type(number) is int and 0 < number < 1 << 32 for number in numbers) or not all(found.values()):
+        raise ValueError("experts without a number and a width")
+    return found
 
 
 def _tensors(change: Edit) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ puts out a sum over these of coefficient × column. The outermost such part coun
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -87,8 +86,8 @@ def _told(routed: Routed) -> Routed | None:
     for product, one in zip(routed.products, routed.linear, strict=True):
         linear[product.stack] = linear.get(product.stack, True) and one
     stacks = routed.place.stacks
-    kinds = {_kind(stacks[at]) for at, one in linear.items() if one}
-    kept = [at for at, stack in enumerate(stacks) if linear.get(at, _kind(stack) in kinds)]
+    kinds = {stacks[at].kind for at, one in linear.items() if one}
+    kept = [at for at, stack in enumerate(stacks) if linear.get(at, stack.kind in kinds)]
     if sum(stacks[at].experts for at in kept) < 2:
         return None
     turned = {at: _turned(at, routed) for at in kept}
@@ -97,11 +96,6 @@ def _told(routed: Routed) -> Routed | None:
     mine = [(product.of(kept.index(product.stack)), *rest) for product, *rest in parts if product.stack in kept]
     products, tokens, weights, flags = zip(*mine, strict=True)
     return Routed(place, products, tokens, weights, routed.count, flags)
-
-
-def _kind(stack: Stack) -> tuple[str, Sequence[int]]:
-    """What the matrices of a list of experts have in common: their names but for numbers, and their shapes."""
-    return re.sub(r"\d+", "*", stack.name), tuple(stack.stored.shape)
 
 
 def _turned(at: int, routed: Routed) -> Stack:

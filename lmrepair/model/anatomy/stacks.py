@@ -6,9 +6,11 @@ neuron of an expert that the token was not sent to has the coefficient 0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,11 @@ class Stack:
         """[E, m, d] (of one matrix [1, m, d]): a view, so that writing to it writes to the model."""
         stored = self.stored if self.rows else self.stored.transpose(-1, -2)
         return stored if stored.dim() == 3 else stored[None]
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...]]:
+        """What the matrices of a list of experts have in common: their names but for numbers, and their shapes."""
+        return re.sub(r"\d+", "*", self.name), tuple(self.stored.shape)
 
     @cached_property
     def experts(self) -> int:
@@ -72,6 +79,12 @@ class Place:
     @cached_property
     def width(self) -> int:
         return sum(self.widths)
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """How many experts of which width: stacks, or matrices whose names differ in numbers alone."""
+        groups = [list(some) for _, some in groupby(self.stacks, lambda stack: stack.kind)]
+        return tuple((sum(stack.experts for stack in some), some[0].width) for some in groups)
 
     @property
     def dtype(self) -> torch.dtype:
