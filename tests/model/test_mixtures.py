@@ -12,9 +12,9 @@ import pytest
 import torch
 from mixtures import FAMILIES
 from oracle_models import FAILURES, TEXT, State
-from torch import Tensor
+from torch import Tensor, nn
 
-from lmrepair import MinKl, repair
+from lmrepair import MinKl, ModelError, repair
 from lmrepair.methods import Method
 from lmrepair.methods.base import Problem, Step
 from lmrepair.methods.maths.margins import Margins
@@ -216,3 +216,110 @@ def test_a_repair_that_changes_the_routing_of_its_own_positions_is_solved_anew()
     used = [(one.reshape(len(one), 4, -1)).any(dim=2) for one in readings]
     assert torch.equal(used[0], before[: len(used[0])])
     assert any(not torch.equal(one, used[0]) for one in used[1:])
+
+
+class Listed(nn.Module):
+    """A mixture of experts in a list, as checkpoints with code of their own have it; shared expert and weights too."""
+
+    def __init__(self, hidden: int = 32, width: int = 20, before: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, 6, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(hidden, width), "down": nn.Linear(width, hidden)}) for _ in range(6)
+        )
+        self.shared = nn.ModuleDict({"up": nn.Linear(hidden, 28), "down": nn.Linear(28, hidden)})
+        self.before = before
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).sigmoid().topk(2)
+        made = self.shared["down"](torch.nn.functional.gelu(self.shared["up"](flat))) * 0.5
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            if len(token):
+                weight = weights[token, place, None]
+                given = flat[token] * weight if self.before else flat[token]
+                out = expert["down"](torch.nn.functional.gelu(expert["up"](given)))
+                made = made.index_add(0, token, out if self.before else out * weight)
+        return made.reshape(x.shape), weights
+
+
+class Unpacking(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.inner(x)[0]
+        return made
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_lists_of_experts_are_placed_and_read(before: bool) -> None:
+    torch.manual_seed(0)
+    model = oracle_models.model("llama", dtype=torch.float64)
+    for block in model.model.layers:
+        block.mlp = Unpacking(Listed(before=before)).double()
+    model.requires_grad_(False)
+    net = Net(model, oracle_models.tokenizer(), "listed")
+    assert net.anatomy.names[0] == "model.layers.0.mlp"
+    assert net.anatomy.ffns[0].widths == (20,) * 6 + (28,)
+    assert net.anatomy.ffns[0].groups == ((6, 20), (1, 28))
+    (batch,) = net.batches(net.tokenize(FAILURES))
+    names = [f"model.layers.1.mlp.inner.experts.{at}.down.weight" for at in range(6)]
+    names += ["model.layers.1.mlp.inner.shared.down.weight"]
+    weights = [model.get_parameter(name).requires_grad_() for name in names]
+    with torch.enable_grad():
+        loss = torch.nn.functional.cross_entropy(net.logits(batch), batch.wanted)
+        wanted = torch.cat([part.T for part in torch.autograd.grad(loss, weights)])
+    model.requires_grad_(False)
+    found = net.read([batch], net.every_site()).gradients[1].double()
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_are_the_same_however_the_experts_are_run(family: str, dtype: torch.dtype) -> None:
+    net = mixtures.net(family, dtype=dtype)
+    (batch,) = net.batches(net.tokenize(FAILURES))
+    found = []
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        net.model.set_experts_implementation(implementation)
+        with torch.no_grad(), net.watch([0]) as watched:
+            seen = net.logits(batch)
+        with torch.no_grad():
+            assert torch.equal(seen, net.logits(batch))
+        found.append(watched.inputs[0])
+    near = (1e-5 if dtype == torch.float32 else 3e-2) * float(found[0].abs().max())
+    assert all(torch.allclose(one, found[0], rtol=0, atol=near) for one in found[1:])
+
+
+class Normed(Listed):
+    """What its experts put out goes through a norm of its own: no sum of coefficient × column."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made, weights = super().forward(x)
+        return torch.nn.functional.layer_norm(made, made.shape[-1:]), weights
+
+
+def test_experts_behind_a_norm_are_refused() -> None:
+    torch.manual_seed(0)
+    model = oracle_models.model("llama")
+    for block in model.model.layers:
+        block.mlp = Unpacking(Normed())
+    with pytest.raises(ModelError, match="no experts whose outputs, times a weight, add up"):
+        Net(model, oracle_models.tokenizer(), "normed")
+
+
+def test_a_pass_that_fails_leaves_nothing_behind() -> None:
+    net = mixtures.net("mixtral")
+    before = State.of(net)
+    (batch,) = net.batches(net.tokenize(FAILURES[:1]))
+    router = net.model.model.layers[1].mlp.gate
+    failing = router.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), net.watch([1]):
+        net.logits(batch)
+    failing.remove()
+    assert not before.changed(net)
+    assert torch.is_grad_enabled()
+    assert not torch.overrides._get_current_function_mode_stack()
