@@ -323,3 +323,22 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     assert not before.changed(net)
     assert torch.is_grad_enabled()
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_experts_with_a_norm_right_behind_them_are_placed_themselves() -> None:
+    model = mixtures.model("mixtral", dtype=torch.float64)
+    for block in model.model.layers:
+        plain = block.mlp.forward
+        block.mlp.forward = lambda x, plain=plain: torch.nn.functional.layer_norm(plain(x), x.shape[-1:])
+    net = Net(model, oracle_models.tokenizer(), "normed")
+    assert net.anatomy.names == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert not net.anatomy.ffns[0].dense
+    (batch,) = net.batches(net.tokenize(FAILURES))
+    weight = model.model.layers[1].mlp.experts.down_proj.requires_grad_()
+    with torch.enable_grad():
+        loss = torch.nn.functional.cross_entropy(net.logits(batch), batch.wanted)
+        (wanted,) = torch.autograd.grad(loss, weight)
+    model.requires_grad_(False)
+    found = net.read([batch], net.every_site()).gradients[1].double()
+    dense = mixtures.neuron_major(wanted)
+    assert torch.allclose(found, dense, rtol=1e-4, atol=1e-6 * float(dense.abs().max()))

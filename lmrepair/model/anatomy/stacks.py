@@ -69,7 +69,7 @@ class Place:
 
     @property
     def dense(self) -> bool:
-        return self.stacks[0].module is self.module
+        return self.stacks[0].module is self.module and self.stacks[0].stored.dim() == 2
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
