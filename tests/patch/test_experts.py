@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lmrepair import Net, Patch, UsageError, WrongModelError, load
-from lmrepair.patch import combine, difference, exact, rewrite, save_model
+from lmrepair.patch import combine, difference, exact, read_base, rewrite, save_model
 
 
 def patched(family: str, how: str = "neurons", seed: int = 0) -> tuple[Net, Patch]:
@@ -81,3 +81,5 @@ def test_adapters_for_experts_are_refused() -> None:
     net, patch = patched("mixtral")
     with pytest.raises(UsageError, match="mixtures of experts, and adapters for experts are not written"):
         exact(patch, dict(enumerate(net.widths)))
+    with pytest.raises(UsageError, match="mixtures of experts"):
+        read_base(Path("none.gguf"), patch)
