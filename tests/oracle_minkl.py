@@ -17,9 +17,15 @@ from torch import Tensor
 # --- moments --------------------------------------------------------------------------------------
 
 
-def dense(kind: str, values: Tensor) -> Tensor:
-    """E[x xᵀ] [w, w] of what a full, a sampled or a diagonal moment holds."""
+def dense(kind: str, values: Tensor, widths: Sequence[int] = ()) -> Tensor:
+    """E[x xᵀ] [w, w] of what a full, a sampled or a diagonal moment holds, or one in blocks of these widths."""
     values = values.double()
+    if kind == "blocks":
+        first, parts = 0, []
+        for width in widths:
+            parts.append(values[:width, first : first + width])
+            first += width
+        return torch.block_diag(*parts)
     if kind == "full":
         return values
     if kind == "diagonal":

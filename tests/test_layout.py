@@ -30,13 +30,13 @@ ROOMS = {
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
-    "model.anatomy": "probe norm projections places",
+    "model.anatomy": "stacks products mixtures probe norm projections places",
     "model.edit": "sparse_integers products changes trial",
     "model.loading": "checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
-    "patch.disk": "stored placing others copies writing source",
+    "patch.disk": "stored placing experts others copies writing source",
     "patch.serving": "factors choice peft gguf engines",
     "cli.patches": "common folders parts serve trouble hub",
     "cli.faults": "verdicts memory",

@@ -1,6 +1,7 @@
 """Train the small code model that ships in the package, from nothing, on this machine's Python.
 
     python training/train.py --output lmrepair/model/embedded/model
+    python training/train.py --experts 8 --feed-forward 256 --output mixture    # 8 M parameters, 3 M of them active
 
 Reads the Python standard library's source where this interpreter keeps it (no download), trains a
 byte-level BPE and a Llama-type model on it, measures both on files that were left out, and writes a
@@ -19,12 +20,13 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 BOS = "<|endoftext|>"
 # Tables and test data, which are bytes rather than code.
@@ -39,7 +41,10 @@ class Recipe:
     vocabulary: int = 4096
     hidden: int = 192
     layers: int = 6
-    feed_forward: int = 512
+    feed_forward: int = 512  # of an expert, where there are any
+    experts: int = 0
+    active: int = 2
+    balance: float = 0.01  # weight of the loss that spreads tokens over experts
     heads: int = 6
     key_value_heads: int = 2
     context: int = 256
@@ -124,26 +129,36 @@ class Corpus:
         return torch.cat([torch.zeros(recipe.batch, 1, dtype=torch.long), crops], dim=1)
 
 
-def build(recipe: Recipe) -> LlamaForCausalLM:
+def build(recipe: Recipe) -> LlamaForCausalLM | MixtralForCausalLM:
+    """A Llama-type model, or with ``experts`` the same with a mixture of experts in every layer."""
     torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.feed_forward,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        max_position_embeddings=recipe.positions,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+    sizes: dict[str, Any] = {
+        "vocab_size": recipe.vocabulary,
+        "hidden_size": recipe.hidden,
+        "intermediate_size": recipe.feed_forward,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.key_value_heads,
+        "max_position_embeddings": recipe.positions,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    if not recipe.experts:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    config = MixtralConfig(
+        **sizes,
+        num_local_experts=recipe.experts,
+        num_experts_per_tok=recipe.active,
+        router_aux_loss_coef=recipe.balance,
+        output_router_logits=True,
     )
-    return LlamaForCausalLM(config)
+    return MixtralForCausalLM(config)
 
 
 @torch.no_grad()
-def loss_on(model: LlamaForCausalLM, corpus: Corpus, recipe: Recipe, device: str) -> float:
+def loss_on(model: LlamaForCausalLM | MixtralForCausalLM, corpus: Corpus, recipe: Recipe, device: str) -> float:
     """Nats per token over consecutive windows of the corpus."""
     width = recipe.context - 1
     rows = corpus.tokens[: len(corpus.tokens) // width * width].view(-1, width).long()
@@ -163,7 +178,7 @@ def rate(step: int, recipe: Recipe) -> float:
     return recipe.final_share + (1 - recipe.final_share) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(model: LlamaForCausalLM, corpus: Corpus, recipe: Recipe, device: str) -> list[float]:
+def train(model: LlamaForCausalLM | MixtralForCausalLM, corpus: Corpus, recipe: Recipe, device: str) -> list[float]:
     """Run the recipe; returns the training loss of every step, in nats per token."""
     generator = torch.Generator().manual_seed(recipe.seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -219,6 +234,7 @@ def main() -> None:
     losses = train(model, corpus, recipe, device)
     seconds = time.perf_counter() - began
     model.half().float().eval()
+    model.config.output_router_logits = False
     report = {
         "recipe": asdict(recipe),
         "parameters": parameters,

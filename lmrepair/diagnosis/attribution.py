@@ -24,11 +24,8 @@ def skipped_losses(net: Net, batches: Sequence[Batch], preference: Preference) -
 
 
 def _skipped_loss(net: Net, layer: int, batch: Batch, chosen: Tensor) -> float:
-    handle = net.anatomy.projections[layer].register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-    try:
+    with net.altered(layer, torch.zeros_like):
         logits = net.logits(batch, batch.rows[chosen])
-    finally:
-        handle.remove()
     return float(F.cross_entropy(logits.double(), batch.wanted[chosen], reduction="sum"))
 
 

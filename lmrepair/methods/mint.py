@@ -167,7 +167,7 @@ def _activation(problem: Problem, row: int) -> dict[int, Tensor]:
 
     batch, at = _located(problem, row)
     layers = problem.sites.layers
-    with torch.inference_mode(), problem.net.watch(layers) as watched:
+    with torch.no_grad(), problem.net.watch(layers) as watched:
         problem.net.logits(batch, batch.rows[at : at + 1])
     flat = {layer: watched.inputs[layer].reshape(-1, problem.net.widths[layer]) for layer in layers}
     return {layer: z[batch.rows[at]].double().abs() for layer, z in flat.items()}

@@ -9,7 +9,12 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import weight as weight
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
-    from lmrepair.model.digests import Fingerprint as Fingerprint, digest as digest, fingerprint as fingerprint
+    from lmrepair.model.digests import (
+        Fingerprint as Fingerprint,
+        digest as digest,
+        fingerprint as fingerprint,
+        layer_digest as layer_digest,
+    )
     from lmrepair.model.edit import (
         EXPONENT as EXPONENT,
         SPREAD as SPREAD,
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
         Moment as Moment,
         OnDemand as OnDemand,
         Statistics as Statistics,
+        blocks as blocks,
     )
     from lmrepair.model.net import (
         DTYPES as DTYPES,

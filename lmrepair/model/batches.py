@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,9 +89,26 @@ class Reading:
     gradients: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+class Inputs(Mapping[int, Tensor]):
+    """Layer → the coefficients of its neurons, [B, T, m]; those of a mixture are put together each time they are
+    asked for, so that not all layers' are in memory at once."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, Callable[[], Tensor]] = {}
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.made[layer]()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
 @dataclass(frozen=True)
 class Watched:
-    """Layer → what its FFN output projection read [B, T, m] and wrote [B, T, d] in the last forward pass."""
+    """Layer → its neurons' coefficients [B, T, m] and its FFN's output [B, T, d] in the last forward pass."""
 
     inputs: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmrepair.model.anatomy import weight
 from lmrepair.model.net import Net
 
 CHUNK = 1 << 26  # bytes hashed, and copied from a device, at once
@@ -22,16 +22,18 @@ class Fingerprint:
 
     A layer's digest leaves out the neurons that the patch changes, if it holds their original values: these
     stand for them, and the digest is the same before and after the patch. Of a layer that is changed as a whole
-    by factors, it is that of the original.
+    by factors, it is that of the original. ``experts``: of layers that are mixtures, how many
+    experts of which width there are, in the order in which their neurons are counted.
     """
 
     body: str
     layers: tuple[str, ...]
+    experts: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
 def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
     """The fingerprint of a net without the neurons ``changed`` (layer → indices [k])."""
-    projections = {weight(module).data_ptr() for module in net.anatomy.projections}
+    projections = {stack.stored.data_ptr() for place in net.anatomy.ffns for stack in place.stacks}
     body = {
         name: tensor
         for name, tensor in net.model.state_dict().items()
@@ -39,26 +41,38 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
     }
     with ThreadPoolExecutor() as pool:
         parts = pool.map(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
-        layers = pool.map(lambda layer: digest(_unchanged(net, layer, changed)), range(net.layers))
-        return Fingerprint(hashlib.sha256("\n".join(parts).encode()).hexdigest(), tuple(layers))
+        layers = pool.map(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
+        whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        experts = {at: place.groups for at, place in enumerate(net.anatomy.ffns) if not place.dense}
+        return Fingerprint(whole, tuple(layers), experts)
 
 
-def _unchanged(net: Net, layer: int, changed: Mapping[int, Tensor]) -> Tensor:
-    columns = net.columns(layer)
-    if layer not in changed:
-        return columns
-    kept = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
-    kept[changed[layer].to(columns.device)] = False
-    return columns[kept]
+def layer_digest(net: Net, layer: int, changed: Tensor | None = None) -> str:
+    """The digest of a layer's neurons [m, d] without those that are ``changed`` (indices [k])."""
+    place = net.anatomy.ffns[layer]
+    kept = torch.ones(place.width, dtype=torch.bool)
+    if changed is not None:
+        kept[changed.cpu()] = False
+    state = _started(place.dtype, (int(kept.sum()), net.hidden))
+    for first, neurons in place.parts():
+        mine = kept[first : first + len(neurons)]
+        _add(state, neurons if bool(mine.all()) else neurons[mine.to(neurons.device)])
+    return str(state.hexdigest())
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values, whatever device it is on and however it is strided."""
-    state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.numel() == 0:
-        return state.hexdigest()
-    rows = tensor.detach().reshape(len(tensor), -1) if tensor.dim() else tensor.detach().reshape(1, 1)
-    step = max(1, CHUNK // max(1, rows.shape[1] * tensor.element_size()))
-    for part in rows.split(step):
+    state = _started(tensor.dtype, tuple(tensor.shape))
+    _add(state, tensor.detach().reshape(len(tensor), -1) if tensor.dim() else tensor.detach().reshape(1, 1))
+    return str(state.hexdigest())
+
+
+def _started(dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(f"{dtype} {shape}".encode())
+
+
+def _add(state: Any, rows: Tensor) -> None:
+    if rows.numel() == 0:
+        return
+    for part in rows.split(max(1, CHUNK // (rows.shape[1] * rows.element_size()))):
         state.update(part.contiguous().cpu().view(torch.uint8).numpy())
-    return state.hexdigest()

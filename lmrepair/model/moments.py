@@ -1,21 +1,27 @@
 """Second moments of what flows through a layer on reference text, and their damped inverses.
 
-A moment M = E[x xᵀ] is kept full [w, w], as n sampled rows [n, w], or as its diagonal [w]. Its inverse is
-applied and never formed: a full one is factored, n sampled rows need one n×n system (Woodbury's identity).
+A moment M = E[x xᵀ] is kept full [w, w], as the blocks on its diagonal (one an expert), as n sampled rows [n, w],
+or as its diagonal [w]. Its inverse is applied and never formed: a full one and blocks are factored, n sampled rows
+need one n×n system (Woodbury's identity).
+
+What damps a moment is a share of its mean diagonal, over all experts of a layer: one that few tokens were sent to
+has little of its own beside it, and is taken for an average one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lmrepair.errors import UsageError
 
-KINDS = ("full", "sampled", "diagonal")
+KINDS = ("full", "blocks", "sampled", "diagonal")
 LONG, COARSE = 256, 0.05  # from which width on float32 is used, and up to which bound on the error it makes
 TRIES = 8  # at a Cholesky factor, each with ten times the damping of the one before
 
@@ -51,14 +57,19 @@ class OnDemand(Mapping[int, Made]):
 
 @dataclass(frozen=True)
 class Moment:
-    """E[x xᵀ] of vectors of one width: ``values`` is [w, w] (full), x₁…xₙ [n, w] (sampled), or [w] (diagonal)."""
+    """E[x xᵀ] of vectors of one width: ``values`` is [w, w] (full), x₁…xₙ [n, w] (sampled), or [w] (diagonal).
+
+    Of "blocks" of several ``widths`` it is [h, w], h the widest: each block's columns, with its rows on top.
+    """
 
     kind: str
     values: Tensor
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        fits = {"full": self.values.dim() == 2, "sampled": self.values.dim() == 2, "diagonal": self.values.dim() == 1}
-        if not fits.get(self.kind, False):
+        two = self.values.dim() == 2
+        fits = {"full": two, "sampled": two, "blocks": two and sum(self.widths) == self.values.shape[-1]}
+        if not fits.get(self.kind, self.kind == "diagonal" and self.values.dim() == 1):
             raise UsageError(f"a {self.kind!r} moment of shape {tuple(self.values.shape)}; known: {', '.join(KINDS)}")
 
     @property
@@ -66,6 +77,9 @@ class Moment:
         """E[x²], [w]."""
         if self.kind == "full":
             return self.values.diagonal()
+        if self.kind == "blocks":
+            rows = torch.cat([torch.arange(width) for width in self.widths]).to(self.values.device)
+            return self.values[rows, torch.arange(len(rows), device=rows.device)]
         return self.values.square().mean(dim=0) if self.kind == "sampled" else self.values
 
     def at(self, columns: Tensor) -> Moment:
@@ -73,12 +87,32 @@ class Moment:
         if len(columns) == self.values.shape[-1]:
             return self
         chosen = columns.to(self.values.device)
+        if self.kind == "blocks":
+            return self._blocks_at(chosen)
         values = self.values[..., chosen]
         return Moment(self.kind, values[chosen] if self.kind == "full" else values)
+
+    def _blocks_at(self, columns: Tensor) -> Moment:
+        parts = []
+        for block in blocks(self.widths):
+            inside = columns[(columns >= block.start) & (columns < block.stop)]
+            parts.append(self.values[: block.stop - block.start, block][inside - block.start][:, inside - block.start])
+        return Moment.of_blocks([part for part in parts if len(part)])
+
+    @staticmethod
+    def of_blocks(parts: Sequence[Tensor]) -> Moment:
+        """From the blocks [wₑ, wₑ] on its diagonal."""
+        widths = tuple(len(part) for part in parts)
+        tallest = max(widths)
+        padded = [F.pad(part, (0, 0, 0, tallest - len(part))) for part in parts]
+        return Moment("blocks", torch.cat(padded, dim=1), widths)
 
     def apply(self, x: Tensor) -> Tensor:
         """x M, for rows x [n, w]."""
         values = self.values.to(x)
+        if self.kind == "blocks":
+            some = blocks(self.widths)
+            return torch.cat([x[:, one] @ values[: one.stop - one.start, one] for one in some], dim=1)
         if self.kind == "full":
             return x @ values
         return (x @ values.T) @ values / len(values) if self.kind == "sampled" else x * values
@@ -95,6 +129,10 @@ class Moment:
         values = self.values.double()
         if self.kind == "diagonal":
             return Inverse("diagonal", (1.0 / (values + added)).float())
+        if self.kind == "blocks":
+            some = [values[: one.stop - one.start, one] for one in blocks(self.widths)]
+            made = Moment.of_blocks([_factor(block, added).float() for block in some])
+            return Inverse("blocks", made.values, widths=made.widths)
         # (a I + XᵀX/n)⁻¹ = (I − Xᵀ (n a I + X Xᵀ)⁻¹ X) / a = (I − BᵀB) / a with B = L⁻¹ X
         inner = values @ values.T + len(values) * added * torch.eye(
             len(values), dtype=torch.float64, device=values.device
@@ -113,6 +151,12 @@ def _precision(width: int, damping: float) -> torch.dtype:
     is above its trace."""
     bound = (width / damping + 1) * torch.finfo(torch.float32).eps
     return torch.float32 if width >= LONG and bound <= COARSE else torch.float64
+
+
+def blocks(widths: Sequence[int]) -> list[slice]:
+    """The columns of each block."""
+    ends = [0, *accumulate(widths)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _factor(values: Tensor, added: float) -> Tensor:
@@ -149,24 +193,36 @@ class Asked:
 
 @dataclass(frozen=True)
 class Inverse:
-    """The inverse of a damped moment; ``apply`` multiplies rows by it. ``values``: of a full one, its factor L."""
+    """The inverse of a damped moment; ``apply`` multiplies rows by it. ``values``: of a full one, its factor L.
+
+    Of blocks, those of their factors, as a moment keeps them.
+    """
 
     kind: str
     values: Tensor
     scale: float = 1.0
+    widths: tuple[int, ...] = ()
 
     def apply(self, x: Tensor) -> Tensor:
         """x M⁻¹, for x [..., w]."""
         values = self.values.to(x.device)
         if self.kind == "full":
-            half = torch.linalg.solve_triangular(values, x.reshape(-1, x.shape[-1]).T, upper=False)
-            found: Tensor = torch.linalg.solve_triangular(values.T, half, upper=True).T.reshape(x.shape)
-            return found
+            return _solved(values, x)
+        if self.kind == "blocks":
+            some = blocks(self.widths)
+            return torch.cat([_solved(values[: one.stop - one.start, one], x[..., one]) for one in some], dim=-1)
         return self.scale * (x - (x @ values.T) @ values) if self.kind == "sampled" else x * values
 
     def double(self) -> Inverse:
         """The same, to be applied to float64 rows."""
-        return Inverse(self.kind, self.values.double(), self.scale)
+        return Inverse(self.kind, self.values.double(), self.scale, self.widths)
+
+
+def _solved(factor: Tensor, x: Tensor) -> Tensor:
+    """x (L Lᵀ)⁻¹."""
+    half = torch.linalg.solve_triangular(factor, x.reshape(-1, x.shape[-1]).T, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True).T.reshape(x.shape)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,27 @@
 """A model with its tokenizer and anatomy: neuron-major weights, FFN coefficients, gradients, greedy text.
 
 A neuron is column j of an FFN output projection: the vector [d] it writes to the residual stream.
-Everything here is neuron-major: weights, deltas and gradients of a layer are [neurons, d]. Whether a
-projection is stored as ``Linear`` [d, m] or ``Conv1D`` [m, d] is known in this module alone.
+Everything here is neuron-major: weights, deltas and gradients of a layer are [neurons, d]. The neurons of a
+mixture of experts are counted through, expert by expert; how they are stored is the anatomy's business.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.failures import Failure, Tokens, tokenize
-from lmrepair.model.anatomy import Anatomy, find, first_infinite, not_finite, weight
-from lmrepair.model.batches import Batch, Preference, Reading, Sites, Watched
+from lmrepair.model.anatomy import Anatomy, altered, find, first_infinite, not_finite, seen, weight
+from lmrepair.model.batches import Batch, Inputs, Preference, Reading, Sites, Watched
 from lmrepair.model.source import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ class Net:
 
     @property
     def layers(self) -> int:
-        return len(self.anatomy.projections)
+        return len(self.anatomy.ffns)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ class Net:
 
     @property
     def dtype(self) -> torch.dtype:
-        return weight(self.anatomy.projections[0]).dtype
+        return self.anatomy.ffns[0].dtype
 
     @property
     def pad(self) -> int:
@@ -84,10 +84,8 @@ class Net:
         return frozenset([ends] if isinstance(ends, int) else ends or ())
 
     def columns(self, layer: int) -> Tensor:
-        """The neurons of a layer, [m, d]: a view, so that writing to it writes to the model."""
-        projection = self.anatomy.projections[layer]
-        stored = weight(projection)
-        return stored if isinstance(projection, Conv1D) else stored.T
+        """The neurons of a layer, [m, d], to be read: a view of a dense layer's, a copy of a mixture's."""
+        return self.anatomy.ffns[layer].neurons()
 
     def every_site(self) -> Sites:
         return Sites({layer: torch.arange(width) for layer, width in enumerate(self.widths)})
@@ -221,27 +219,36 @@ class Net:
 
     @contextmanager
     def watch(self, layers: Sequence[int]) -> Iterator[Watched]:
-        """Keep inputs and outputs of the layers' FFN output projections during forward passes.
+        """Keep the layers' coefficients and FFN outputs during forward passes (not in inference mode).
 
         The graph starts at the lowest of these outputs: below it, no gradient is recorded.
         """
-        inputs: dict[int, Tensor] = {}
-        outputs: dict[int, Tensor] = {}
+        inputs, outputs = Inputs(), dict[int, Tensor]()
+        shape: list[int] = []
 
-        def ran(layer: int, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs[layer] = given[0]
-            if torch.is_grad_enabled() and not output.requires_grad:
-                outputs[layer] = output.detach().requires_grad_()
+        def started(_: nn.Module, __: Any, named: dict[str, Any]) -> None:
+            shape[:] = named["input_ids"].shape
+
+        def ran(layer: int, read: Callable[[], Tensor], output: Tensor, fed: bool) -> Tensor:
+            form = tuple(shape)
+            inputs.made[layer] = lambda: read().reshape(*form, -1)
+            if torch.is_grad_enabled() and not fed:
+                outputs[layer] = output.detach().reshape(*form, -1).requires_grad_()
                 return outputs[layer].clone()  # a leaf must not be changed in place by the residual add
-            outputs[layer] = output
-            return output
+            outputs[layer] = output.reshape(*form, -1)
+            return outputs[layer]
 
         with ExitStack() as hooks:
+            hooks.callback(self.model.register_forward_pre_hook(started, with_kwargs=True).remove)
             for layer in layers:
-                projection = self.anatomy.projections[layer]
-                handle = projection.register_forward_hook(lambda _, given, out, layer=layer: ran(layer, given, out))
-                hooks.callback(handle.remove)
+                hooks.enter_context(seen(self.anatomy.ffns[layer], partial(ran, layer), self.hidden))
             yield Watched(inputs, outputs)
+
+    @contextmanager
+    def altered(self, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """A layer's FFN puts out ``change`` of its output [B·T, d] for the length of a block."""
+        with altered(self.anatomy.ffns[layer], change):
+            yield
 
     def generate(self, tokens: Sequence[Tokens]) -> list[tuple[int, ...]]:
         """Free-running greedy completions, each as long as its target unless the model ends it before.

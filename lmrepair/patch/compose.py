@@ -198,7 +198,7 @@ def _fingerprint(patches: Sequence[Patch], changes: Mapping[int, Edit], net: Net
             one.fingerprint.layers[layer] for one in patches if torch.equal(_left_out(one.changes.get(layer)), out)
         ]
         layers.append(next((digest for digest in known if digest != UNKNOWN), UNKNOWN))
-    return Fingerprint(patches[0].fingerprint.body, tuple(layers))
+    return replace(patches[0].fingerprint, layers=tuple(layers))
 
 
 def _left_out(change: Edit | None) -> Tensor:

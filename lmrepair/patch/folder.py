@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import flush, umask
-from lmrepair.model import Net, quietly
+from lmrepair.model import Net, digest, quietly
 from lmrepair.patch.disk import beside, place_folder
 
 
@@ -45,17 +45,25 @@ def save_model(net: Net, output: Path) -> None:
 
 
 def _check(net: Net, folder: Path) -> None:
-    """Read the FFN output projections back. Their names on disk may have lost or gained a prefix."""
-    wanted = dict(zip((f"{name}.weight" for name in net.anatomy.names), net.anatomy.projections, strict=True))
+    """Read the FFN output projections back. Their names on disk may have lost or gained a prefix.
+
+    Experts may be stored one by one where the model holds a stack of them, under other names: each has to be found.
+    """
+    stacks = [stack for place in net.anatomy.ffns for stack in place.stacks]
+    wanted = {stack.name: stack.stored.cpu() for stack in stacks}
     left = set(wanted)
+    matrices: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as saved:
             for key in saved.keys():  # noqa: SIM118 (no mapping)
                 match = [name for name in left if name == key or name.endswith("." + key) or key.endswith("." + name)]
                 for name in match:
-                    inside = wanted[name].weight.detach().cpu()  # type: ignore[operator]
-                    if not torch.equal(saved.get_tensor(key), inside):
+                    if not torch.equal(saved.get_tensor(key), wanted[name]):
                         raise ModelError(f"{key} was not saved as it is in memory; nothing was written")
                     left.discard(name)
-    if left:
-        raise ModelError(f"{sorted(left)[0]} is missing from the saved model; nothing was written")
+            if any(wanted[name].dim() == 3 for name in left):
+                matrices |= {digest(saved.get_tensor(key)) for key in saved.keys()}  # noqa: SIM118
+    for name in sorted(left):
+        experts = wanted[name] if wanted[name].dim() == 3 else ()
+        if not len(experts) or not all({digest(one), digest(one.T)} & matrices for one in experts):
+            raise ModelError(f"{name} is missing from the saved model, or not as in memory; nothing was written")

@@ -84,6 +84,7 @@ class Contents:
                 "name": self.made.model,
                 "body": self.fingerprint.body,
                 "layers": list(self.fingerprint.layers),
+                **({"experts": _experts_out(self.fingerprint)} if self.fingerprint.experts else {}),
             },
             "method": {"name": self.made.method, "settings": dict(self.made.settings)},
             "failures": [_item_out(item) for item in self.items],
@@ -186,7 +187,22 @@ def _parse(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Contents:
         dict(record.get("source", {})),
         withheld,
     )
-    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers))
+    return Contents(changes, items, made, Fingerprint(_text(model["body"]), layers, _experts_in(model)))
+
+
+def _experts_out(fingerprint: Fingerprint) -> dict[str, list[list[int]]]:
+    return {str(at): [list(group) for group in groups] for at, groups in sorted(fingerprint.experts.items())}
+
+
+def _experts_in(model: Mapping[str, Any]) -> dict[int, tuple[tuple[int, int], ...]]:
+    found = {
+        int(layer): tuple((count, width) for count, width in groups)
+        for layer, groups in dict(model.get("experts", {})).items()
+    }
+    numbers = [number for groups in found.values() for group in groups for number in group]
+    if not all(type(number) is int and 0 < number < 1 << 32 for number in numbers) or not all(found.values()):
+        raise ValueError("experts without a number and a width")
+    return found
 
 
 def _tensors(change: Edit) -> dict[str, Tensor]:

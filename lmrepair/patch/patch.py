@@ -20,6 +20,7 @@ from lmrepair.model import (
     Trial,
     digest,
     fingerprint,
+    layer_digest,
     patched,
     put,
     same_bits,
@@ -126,7 +127,7 @@ class Patch(Contents):
         """Whether a layer's neurons are as they were before the patch."""
         change = self.changes[layer]
         if isinstance(change, LowRank):
-            return digest(net.columns(layer)) == self.fingerprint.layers[layer]
+            return layer_digest(net, layer) == self.fingerprint.layers[layer]
         return _fits(net, layer, change) and same_bits(take(net, layer, change.columns), change.originals)
 
     def _patched(self, net: Net, layer: int) -> Tensor | None:

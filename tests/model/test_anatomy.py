@@ -68,9 +68,6 @@ PLACED: dict[str, tuple[Any, dict[str, Any], str, int]] = {
 }  # fmt: skip
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "mixtral": (hf.MixtralConfig, {**GROUPED, "num_local_experts": 4}, "mixture of experts"),
-    "qwen2 moe": (hf.Qwen2MoeConfig, {**GROUPED, "num_experts": 4, "moe_intermediate_size": 16,
-                                      "shared_expert_intermediate_size": 16}, "mixture of experts"),
     "mamba": (hf.MambaConfig, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "FFN"),
     "bert": (hf.BertConfig, LLAMA, "an encoder"),
     "opt with a projection": (hf.OPTConfig, {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracle_minkl as oracle
 import pytest
 import torch
@@ -19,6 +21,9 @@ def moment(kind: str, seed: int = 0, rows: int = 40, width: int = WIDTH, spread:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator) * 10 ** (spread * torch.rand(width, generator=generator))
     full = x.T @ x / rows
+    if kind == "blocks":
+        parts = [slice(0, width // 3), slice(width // 3, width)] if width >= 3 else [slice(0, width)]
+        return Moment.of_blocks([full[part, part] for part in parts])
     return Moment(kind, {"full": full, "sampled": x, "diagonal": full.diagonal().clone()}[kind])
 
 
@@ -27,7 +32,7 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 
 def dense_inverse(one: Moment, damping: float) -> Tensor:
-    return torch.linalg.inv(oracle.damped(oracle.dense(one.kind, one.values), damping))
+    return torch.linalg.inv(oracle.damped(oracle.dense(one.kind, one.values, one.widths), damping))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +69,7 @@ def test_any_inverse_undoes_the_damped_moment(
     kind: str, rows: int, width: int, damping: float, spread: float, seed: int
 ) -> None:
     one = moment(kind, seed, rows, width, spread)
-    matrix = oracle.damped(oracle.dense(kind, one.values), damping)
+    matrix = oracle.damped(oracle.dense(one.kind, one.values, one.widths), damping)
     found = one.inverse(damping).apply(torch.eye(width)).double()
     assert near(found, torch.linalg.inv(matrix), 1e-3)
     assert torch.allclose(found, found.T, atol=1e-4 * float(found.abs().max()))
@@ -73,7 +78,7 @@ def test_any_inverse_undoes_the_damped_moment(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_moment_itself_is_applied_and_has_a_diagonal(kind: str) -> None:
     one = moment(kind)
-    matrix = oracle.dense(kind, one.values)
+    matrix = oracle.dense(one.kind, one.values, one.widths)
     x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
     assert near(one.apply(x), x.double() @ matrix, 1e-5)
     assert near(one.diagonal, matrix.diagonal(), 1e-5)
@@ -85,15 +90,15 @@ def test_a_part_is_the_part_of_the_dense_matrix(kind: str, columns: list[int]) -
     """C restricted and then inverted, not the inverse restricted: neurons that stay take no part."""
     one = moment(kind)
     part = one.at(torch.tensor(columns))
-    matrix = oracle.dense(kind, one.values)[columns][:, columns]
-    assert near(oracle.dense(part.kind, part.values), matrix, 1e-6)
+    matrix = oracle.dense(one.kind, one.values, one.widths)[columns][:, columns]
+    assert near(oracle.dense(part.kind, part.values, part.widths), matrix, 1e-6)
     assert near(part.inverse(0.01).apply(torch.eye(len(columns))), torch.linalg.inv(oracle.damped(matrix, 0.01)), 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_read_means_no_direction_is_preferred(kind: str) -> None:
     one = moment(kind)
-    zero = Moment(kind, torch.zeros_like(one.values))
+    zero = replace(one, values=torch.zeros_like(one.values))
     assert torch.equal(zero.inverse(0.01).apply(torch.eye(WIDTH)), torch.eye(WIDTH))
 
 
@@ -101,7 +106,7 @@ def test_nothing_read_means_no_direction_is_preferred(kind: str) -> None:
 def test_the_damping_follows_the_scale(kind: str) -> None:
     one = moment(kind)
     times = 9.0 if kind == "sampled" else 3.0  # of E[x xᵀ], where x or E[x xᵀ] is tripled
-    scaled = Moment(kind, one.values * 3)
+    scaled = replace(one, values=one.values * 3)
     eye = torch.eye(WIDTH)
     assert near(scaled.inverse(0.05).apply(eye) * times, dense_inverse(one, 0.05), 1e-4)
 
@@ -113,8 +118,15 @@ def test_identity_has_the_scale_it_is_given() -> None:
 
 
 def test_values_that_do_not_fit_the_kind_are_refused() -> None:
-    for kind, shape in (("full", (3,)), ("sampled", (3,)), ("diagonal", (3, 3)), ("half", (3, 3)), ("none", (3,))):
-        with pytest.raises(UsageError, match="known: full, sampled, diagonal"):
+    for kind, shape in (
+        ("full", (3,)),
+        ("sampled", (3,)),
+        ("diagonal", (3, 3)),
+        ("half", (3, 3)),
+        ("blocks", (3, 3)),
+        ("none", (3,)),
+    ):
+        with pytest.raises(UsageError, match="known: full, blocks, sampled, diagonal"):
             Moment(kind, torch.zeros(shape))
 
 
@@ -132,7 +144,8 @@ def test_the_cost_is_half_the_trace(inputs: str, outputs: str) -> None:
     for layer, part in columns.items():
         whole = torch.zeros(hidden, WIDTH, dtype=torch.float64)
         whole[:, part] = deltas[layer].double().T
-        wanted += oracle.cost(oracle.dense(outputs, f[layer].values), whole, oracle.dense(inputs, c[layer].values))
+        across = oracle.dense(outputs, f[layer].values, f[layer].widths)
+        wanted += oracle.cost(across, whole, oracle.dense(inputs, c[layer].values, c[layer].widths))
     assert Statistics(c, f, "test", 1).cost(deltas, columns) == pytest.approx(wanted, rel=1e-4)
 
 

@@ -93,7 +93,7 @@ def test_only_the_patched_tensors_change_and_all_comes_back(
     assert after.keys() == before.keys()
     assert {name for name in before if before[name] != after[name]} == set(done.files)
     old, new = tensors(source), tensors(tmp_path / "patched")
-    assert {name for name in old if not same_bits(old[name], new[name])} == set(done.tensors.values())
+    assert {name for name in old if not same_bits(old[name], new[name])} == set(done.names)
     net = load(tmp_path / "patched")
     assert patch.is_applied(net)
     with pytest.raises(WrongModelError, match="already applied"):
@@ -174,7 +174,8 @@ def test_mixed_dtypes_stay_tensor_by_tensor(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     source, patch = checkpoint(tmp_path / "source")
-    names = rewrite(source, patch, False, tmp_path / "o").tensors
+    done = rewrite(source, patch, False, tmp_path / "o")
+    names = {layer: name for layer, (name,) in done.tensors.items()}
     layer, name = min(names.items())
 
     def changed(of: str, row: int, column: int) -> Path:
@@ -304,5 +305,5 @@ def test_killed_at_any_moment_the_folder_is_old_or_new(tmp_path: Path) -> None:
 def test_twins_are_told_apart_by_name_and_else_refused(tmp_path: Path) -> None:
     source, patch = checkpoint(tmp_path / "source")
     done: Rewritten = rewrite(source, patch, False, tmp_path / "o")
-    assert not any(name.startswith("mtp") for name in done.tensors.values())
+    assert not any(name.startswith("mtp") for name in done.names)
     assert replace(done, stale=()) == done

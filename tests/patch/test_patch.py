@@ -30,6 +30,7 @@ from lmrepair import ModelError, Net, Patch, PatchError, Reference, UsageError, 
 from lmrepair.failures import umask
 from lmrepair.failures.files import write_atomically
 from lmrepair.model import LowRank, Product, fingerprint
+from lmrepair.model.anatomy.stacks import Place
 from lmrepair.model.edit import Trial
 from lmrepair.model.edit.sparse_integers import pack
 from lmrepair.patch import save_model
@@ -440,20 +441,20 @@ def test_a_trial_puts_everything_back(error: type[BaseException]) -> None:
     assert not before.changed(net)
 
 
-def test_a_ctrl_c_while_weights_are_put_back_waits() -> None:
+def test_a_ctrl_c_while_weights_are_put_back_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
     net = oracle_models.net()
     before = State.of(net)
-    kept = net.columns
+    kept = Place.put
 
-    def interrupted(layer: int) -> Tensor:
+    def interrupted(place: Place, columns: Tensor, values: Tensor) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        return kept(layer)
+        kept(place, columns, values)
 
     with pytest.raises(KeyboardInterrupt), Trial(net, net.every_site()) as trial:
         trial.write({0: torch.ones(oracle_models.WIDTH, oracle_models.HIDDEN)})
-        net.columns = interrupted  # type: ignore[method-assign]
-    net.columns = kept  # type: ignore[method-assign]
+        monkeypatch.setattr(Place, "put", interrupted)
+    monkeypatch.undo()
     assert not before.changed(net)
     assert signal.signal(signal.SIGINT, outside) is signal.default_int_handler
 

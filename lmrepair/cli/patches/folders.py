@@ -70,7 +70,7 @@ def rewrite_folder(
         done = _through_memory(verb, loaded, model, output, loading)
     data = {
         "model": model, "patch": str(path), "action": verb, "output": str(done.output), "neurons": loaded.neurons,
-        "tensors": sorted(done.tensors.values()), "files": list(done.files), "compared": done.compared, "note": note,
+        "tensors": done.names, "files": list(done.files), "compared": done.compared, "note": note,
     }  # fmt: skip
     took = "applied" if verb == "apply" else "taken back, bit for bit"
     shown = visible(str(done.output), None)
@@ -91,5 +91,5 @@ def _through_memory(verb: str, patch: Patch, model: str, output: Path, loading: 
     net = load_net(model, loading.for_patch(patch))
     getattr(patch, verb)(net)
     save_model(net, output)
-    names = {layer: f"{net.anatomy.names[layer]}.weight" for layer in patch.changes}
+    names = {layer: tuple(stack.name for stack in net.anatomy.ffns[layer].stacks) for layer in patch.changes}
     return Rewritten(output, names, ("every file",), "every weight", ())

@@ -178,13 +178,7 @@ class _Essence:
 @contextmanager
 def _shifted(net: Net, layer: int, rows: Tensor, shift: Tensor) -> Iterator[None]:
     """A layer's FFN writes ``shift`` [n, d] in addition at flat positions [n]."""
-
-    def shifted(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        flat = output.reshape(-1, output.shape[-1])
-        return flat.index_add(0, rows, shift.to(flat.dtype)).reshape(output.shape)
-
-    with ExitStack() as hooks:
-        hooks.callback(net.anatomy.projections[layer].register_forward_hook(shifted).remove)
+    with net.altered(layer, lambda output: output.index_add(0, rows, shift.to(output.dtype))):
         yield
 
 

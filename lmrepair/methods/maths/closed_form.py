@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import UsageError
-from lmrepair.model import Inverse, Moment
+from lmrepair.model import Inverse, Moment, blocks
 
 CUTOFF = 1e-5  # singular values of Z M^½ below this share of the largest are left out
 
@@ -71,6 +71,16 @@ def inverse_metric(inverse: Inverse, scale: float = 1.0) -> Apply:
     return lambda rows: scale * precise.apply(rows)
 
 
+def _principal(moment: Moment, least: float) -> Tensor:
+    """Q [k, r]ᵀ of a full moment, or of one in blocks: directions along which it is above ``least``."""
+    found = []
+    for one in blocks(moment.widths) if moment.kind == "blocks" else [slice(0, len(moment.values))]:
+        sizes, vectors = torch.linalg.eigh(moment.values[: one.stop - one.start, one].double())
+        some = vectors[:, sizes > least].T
+        found.append(torch.nn.functional.pad(some, (one.start, moment.values.shape[1] - one.stop)))
+    return torch.cat(found)
+
+
 def null_space(moment: Moment, threshold: float) -> Apply:
     """M = P = I − QQᵀ: what reference coefficients do not use.
 
@@ -82,9 +92,8 @@ def null_space(moment: Moment, threshold: float) -> Apply:
     if moment.kind == "diagonal":
         raise UsageError("a diagonal moment has no null space; keep the coefficients' moment full or sampled")
     least = threshold * float(moment.diagonal.double().mean())
-    if moment.kind == "full":
-        sizes, vectors = torch.linalg.eigh(values)
-        used = vectors[:, sizes > least].T
+    if moment.kind in ("full", "blocks"):
+        used = _principal(moment, least)
     elif len(values) < values.shape[1]:
         sizes, vectors = torch.linalg.eigh(values @ values.T / len(values))
         kept = sizes > max(least, 1e-14 * float(sizes[-1]))

@@ -1,4 +1,4 @@
-"""Where a causal language model is made: its head, its final norm and its FFN output projections.
+"""Where a causal language model is made: its head, its final norm and its FFNs, dense or mixtures of experts.
 
 Everything is found by shape and by behaviour on a short probe; there is no table of model names.
 """
@@ -12,5 +12,7 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find, not_finite as not_finite
     from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
+    from lmrepair.model.anatomy.products import altered as altered, seen as seen
+    from lmrepair.model.anatomy.stacks import Place as Place
 
 __getattr__, __dir__ = door(__name__)

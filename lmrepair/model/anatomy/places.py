@@ -1,9 +1,10 @@
-"""The places of a model: head, final norm, one FFN output projection in each block; or why there are none."""
+"""The places of a model: head, final norm, one FFN in each block; or why there are none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lmrepair.errors import ModelError, NotFiniteError
+from lmrepair.model.anatomy.mixtures import is_matrix
 from lmrepair.model.anatomy.norm import could_be_norms, final_norm
-from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, is_matrix, weight
-from lmrepair.model.anatomy.projections import projections
+from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, weight
+from lmrepair.model.anatomy.projections import ffns
+from lmrepair.model.anatomy.stacks import Place
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,31 @@ class Anatomy:
 
     ``head`` has a weight [vocabulary, hidden]; ``gain`` [hidden] (float32) is what the final norm
     multiplies a normalised state by, and ``norm`` that norm, if the head reads just what it writes;
-    ``projections`` holds each layer's FFN output projection, found
-    under ``names``; ``widths`` are their numbers of neurons.
+    ``ffns`` are the layers' FFNs, where their neurons are.
     """
 
     head: nn.Module
     gain: Tensor
     norm: nn.Module | None
-    projections: tuple[nn.Module, ...]
-    names: tuple[str, ...]
-    widths: tuple[int, ...]
+    ffns: tuple[Place, ...]
     hidden: int
     vocabulary: int
     context: int | None
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """What writes each layer's FFN output: its one matrix, or the mixture that holds its experts."""
+        return tuple(place.module for place in self.ffns)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which names ``projections`` are in the model."""
+        return tuple(place.name for place in self.ffns)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Each layer's number of neurons, those of all its experts together."""
+        return tuple(place.width for place in self.ffns)
 
 
 def find(model: nn.Module) -> Anatomy:
@@ -47,7 +62,8 @@ def find(model: nn.Module) -> Anatomy:
     head = _head(model)
     stacks = _stacks(model)
     with torch.no_grad():
-        probe = Probe(model, head, [block for blocks in stacks.values() for block in blocks], could_be_norms(model))
+        every = {f"{name}.{at}": block for name, blocks in stacks.items() for at, block in enumerate(blocks)}
+        probe = Probe(model, head, every, could_be_norms(model))
         _refuse_infinite(model, probe)
         _refuse_bidirectional(probe)
         stack, blocks = _stack(probe, stacks)
@@ -59,17 +75,14 @@ def find(model: nn.Module) -> Anatomy:
                 "(a projection between them hides where a token comes from)"
             )
         gain, norm = final_norm(probe, probe.clean[head][-1].given, blocks[-1], hidden)
-        found = projections(probe, stack, blocks, hidden)
-    modules = tuple(found.values())
+        found = ffns(probe, stack, blocks, hidden)
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return Anatomy(
         head=head,
         gain=gain,
         norm=norm,
-        projections=modules,
-        names=tuple(found),
-        widths=tuple(probe.clean[module][0].given.shape[-1] for module in modules),
+        ffns=tuple(found),
         hidden=hidden,
         vocabulary=vocabulary,
         context=getattr(text_config, "max_position_embeddings", None),

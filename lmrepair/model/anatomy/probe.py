@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lmrepair.errors import ModelError
+from lmrepair.model.anatomy.mixtures import is_matrix, mixtures
 
 LENGTH, POSITION = 8, 3  # of the probe, and where it is nudged
 NUDGE = 4.0  # in units of the root mean square of what is nudged
@@ -39,34 +39,57 @@ def weight(module: nn.Module) -> Tensor:
     return found
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a matrix that a repair could write to."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def matrices(block: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name inside the block → matrix, in the order in which the block holds them."""
-    return {name: part for name, part in block.named_modules() if is_matrix(part)}
-
-
 class Probe:
-    """One short text, and what the watched parts of a model saw of it: module → its calls, in order."""
+    """One short text, and what the watched parts of a model saw of it: module → its calls, in order.
 
-    def __init__(self, model: nn.Module, head: nn.Module, blocks: Sequence[nn.Module], norms: Sequence[nn.Module]):
-        """Run it once. Raises ModelError for a model that does not take plain token ids or returns no logits."""
+    ``parts``: block → by dotted name inside it, its mixtures of experts and its matrices outside these, in the
+    order in which the block holds them. ``routed``: mixture → what it made of the text.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: nn.Module, blocks: Mapping[str, nn.Module], norms: Sequence[nn.Module]
+    ) -> None:
+        """Run it. Raises ModelError for a model that does not take plain token ids or returns no logits."""
         self.model, self.head = model, head
         device = weight(head).device
         vocabulary = min(len(weight(head)), _embedded(model))
         self.ids = ((torch.arange(LENGTH) * 7 + 5) % vocabulary)[None].to(device)
         self.norms: list[tuple[nn.Module, Tensor]] = []  # in the order in which they ran
         self.clean: dict[nn.Module, list[Seen]] = {}
-        parts = [part for block in blocks for part in matrices(block).values()]
+        parts = [part for block in blocks.values() for part in block.modules() if is_matrix(part)]
         with ExitStack() as hooks:
-            for part in dict.fromkeys([*parts, head, *blocks]):
-                hooks.enter_context(_hooked(part, lambda part, seen: self.clean.setdefault(part, []).append(seen)))
             for norm in norms:
                 hooks.enter_context(_hooked(norm, lambda norm, seen: self.norms.append((norm, seen.made))))
-            self.logits = self.forward(self.ids)
+            self.logits = self._keep([*parts, head, *blocks.values()])
+        ran = {name: block for name, block in blocks.items() if block in self.clean}
+        widths = {block: self.clean[block][0].made.shape[-1] for block in ran.values()}
+        self.routed = mixtures(ran, self._whole, lambda: self.forward(self.ids), widths, LENGTH)
+        if self.routed:
+            self._keep(list(self.routed))
+        self.parts = {block: self._parts(block) for block in blocks.values()}
+
+    def _keep(self, parts: Sequence[nn.Module]) -> Tensor:
+        """Run the text, and keep what some parts see of it; its logits."""
+        with ExitStack() as hooks:
+            for part in dict.fromkeys(parts):
+                hooks.enter_context(_hooked(part, lambda part, seen: self.clean.setdefault(part, []).append(seen)))
+            return self.forward(self.ids)
+
+    def _whole(self, part: nn.Module) -> bool:
+        """Whether a part saw every token, once."""
+        return len(self.clean.get(part, ())) == 1 and by_position(self.clean[part][0].given) is not None
+
+    def _parts(self, block: nn.Module) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
+        for name, part in block.named_modules():
+            if name.startswith(inside) and inside:
+                continue
+            if part in self.routed:
+                inside = (*inside, f"{name}.")
+            if part in self.clean and (part in self.routed or is_matrix(part)):
+                found[name] = part
+        return found
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [1, T, V] of token ids [1, T]."""
@@ -87,15 +110,15 @@ class Probe:
         held: bool,
         stream: Change | None = None,
     ) -> Runs:
-        """The calls of the blocks and their matrices, each block on its own, with some matrices' outputs changed.
+        """The calls of the blocks and their parts, each block on its own, with some parts' outputs changed.
 
-        ``held``: every matrix puts out what it did in the first run, so that a change reaches only what
+        ``held``: every part puts out what it did in the first run, so that a change reaches only what
         reads it directly. ``stream`` changes what the blocks are given.
         """
         found: dict[nn.Module, list[Seen]] = {}
-        parts = dict.fromkeys(part for block in blocks for part in matrices(block).values())
+        parts = dict.fromkeys(part for block in blocks for part in self.parts[block].values())
 
-        def matrix(part: nn.Module, seen: Seen) -> Tensor | None:
+        def inner(part: nn.Module, seen: Seen) -> Tensor | None:
             calls = found.setdefault(part, [])
             before = self.clean[part][min(len(calls), len(self.clean[part]) - 1)].made
             calls.append(seen)
@@ -110,7 +133,7 @@ class Probe:
         with ExitStack() as hooks:
             for part in parts:
                 if part in self.clean:
-                    hooks.enter_context(_hooked(part, matrix))
+                    hooks.enter_context(_hooked(part, inner))
             for block in dict.fromkeys(blocks):
                 hooks.enter_context(_hooked(block, isolate))
                 if stream is not None:

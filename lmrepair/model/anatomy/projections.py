@@ -1,9 +1,10 @@
-"""Which matrix of each block is its FFN output projection, by what it reads, what reads it, and a proof.
+"""Which part of each block is its FFN, by what it reads, what reads it, and a proof.
 
 It is the matrix that (1) writes the hidden width, (2) is added to the residual stream, position by position,
 without another matrix in between, and (3) is fed position by position: on every way from the stream to its
-input, a nudge at one position arrives there and nowhere else, where attention would spread it. Among
-several, the one with the most coefficients.
+input, a nudge at one position arrives there and nowhere else, where attention would spread it. Or it is the
+mixture of experts that (2) is added to the stream and (3) reads it and writes, at a nudged position alone.
+Among several, the one with the most coefficients.
 """
 
 from __future__ import annotations
@@ -18,26 +19,25 @@ from transformers.pytorch_utils import Conv1D
 
 from lmrepair.errors import ModelError
 from lmrepair.model.anatomy.probe import (
+    LENGTH,
     NUDGE,
     POSITION,
     Change,
     Probe,
     Runs,
-    Seen,
     by_position,
     changed,
-    matrices,
     nudge,
     pattern,
-    weight,
 )
+from lmrepair.model.anatomy.stacks import Place, Stack
 
 EXACT, ROUNDED = 1e-3, 5e-2  # what a proof may be off, in shares of the largest change: float32, half precision
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block: its matrices by name, and the groups of them that read the same values."""
+    """One block: its parts by name, and the groups of them that read the same values."""
 
     where: str
     module: nn.Module
@@ -47,15 +47,15 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Reach:
-    """What a group reaches at once when it is nudged: matrix → positions; the block's output → positions."""
+    """What a group reaches at once when it is nudged: part → positions; the block's output → positions."""
 
     inputs: Mapping[str, list[int] | None]
     output: list[int] | None
 
 
-def projections(probe: Probe, stack: str, modules: Sequence[nn.Module], hidden: int) -> dict[str, nn.Module]:
-    """Dotted name → FFN output projection, one for each block. Raises ModelError where there is no single one."""
-    blocks = [_block(probe, f"{stack}.{at}", module, hidden) for at, module in enumerate(modules)]
+def ffns(probe: Probe, stack: str, modules: Sequence[nn.Module], hidden: int) -> list[Place]:
+    """The FFN of each block. Raises ModelError where there is no single one."""
+    blocks = [_block(probe, f"{stack}.{at}", module) for at, module in enumerate(modules)]
     reached: list[list[_Reach]] = [[] for _ in blocks]
     for turn in range(max(len(block.groups) for block in blocks)):
         changes = {part: change for block in blocks for part, change in _nudged(block, turn).items()}
@@ -63,26 +63,32 @@ def projections(probe: Probe, stack: str, modules: Sequence[nn.Module], hidden: 
         for block, mine in zip(blocks, reached, strict=True):
             mine.append(_reach(probe, block, runs))
     runs = probe.rerun(modules, {}, held=True, stream=nudge)
-    found: dict[str, nn.Module] = {}
+    found = []
     for block, reach in zip(blocks, reached, strict=True):
-        name = _widest(probe, block, _candidates(probe, block, reach, _reach(probe, block, runs), hidden), hidden)
-        found[f"{block.where}.{name}"] = block.parts[name]
-    if len({weight(part).data_ptr() for part in found.values()}) < len(found):
+        names = _candidates(probe, block, reach, _reach(probe, block, runs), runs, hidden)
+        found.append(_widest(block, [_place(probe, block, name) for name in names], hidden))
+    stored = [stack.stored.data_ptr() for place in found for stack in place.stacks]
+    if len(set(stored)) < len(stored):
         raise ModelError("layers share one FFN output projection; expected one of its own in each layer")
     _prove(probe, modules, found)
     return found
 
 
-def _block(probe: Probe, where: str, module: nn.Module, hidden: int) -> _Block:
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 3 and min(parameter.shape) > 1 and hidden in parameter.shape:
-            raise ModelError(
-                f"{name} is a stack of matrices (a mixture of experts); expected one dense FFN in each block"
-            )
-    parts = matrices(module)
-    seen = [probe.clean[part][0].given for part in parts.values() if part in probe.clean]
-    if len(seen) < len(parts) or any(by_position(given) is None for given in seen):
-        raise ModelError("some matrices of a block do not see every token (a mixture of experts); expected a dense FFN")
+def _place(probe: Probe, block: _Block, name: str) -> Place:
+    part = block.parts[name]
+    if part in probe.routed:
+        return probe.routed[part].place
+    path = f"{block.where}.{name}"
+    return Place(part, path, (Stack(part, "weight", f"{path}.weight", isinstance(part, Conv1D)),))
+
+
+def _block(probe: Probe, where: str, module: nn.Module) -> _Block:
+    parts = probe.parts[module]
+    if any(by_position(probe.clean[part][0].given) is None for part in parts.values()):
+        raise ModelError(
+            f"{where}: some matrices do not see every token, and are no experts whose outputs, times a weight, add up; "
+            "expected a dense FFN or a mixture of experts"
+        )
     groups: list[list[str]] = []
     for name, part in parts.items():
         given = probe.clean[part][0].given
@@ -114,8 +120,10 @@ def _reach(probe: Probe, block: _Block, runs: Runs) -> _Reach:
     return _Reach(inputs, changed(runs[block.module][0].made, probe.clean[block.module][0].made))
 
 
-def _candidates(probe: Probe, block: _Block, reach: Sequence[_Reach], stream: _Reach, hidden: int) -> list[str]:
-    """Names of the matrices that write to the residual stream and are fed position by position.
+def _candidates(
+    probe: Probe, block: _Block, reach: Sequence[_Reach], stream: _Reach, streamed: Runs, hidden: int
+) -> list[str]:
+    """Names of the parts that write to the residual stream and are fed position by position.
 
     ``reach`` tells what the block's groups reach, and behind them what those of other blocks do: keys and
     values that layers share.
@@ -135,57 +143,91 @@ def _candidates(probe: Probe, block: _Block, reach: Sequence[_Reach], stream: _R
 
     found = []
     for at, group in enumerate(block.groups):
+        for name in group:
+            part = block.parts[name]
+            if part not in probe.routed or not stream.inputs.get(name) == [POSITION] == reach[at].output:
+                continue
+            if changed(streamed[part][0].made, probe.clean[part][0].made) == [POSITION]:
+                found.append(name)
         calls = probe.clean[block.parts[group[0]]]
         alone = len(group) == len(calls) == 1 and calls[0].made.shape[-1] == hidden
-        if alone and reach[at].output == [POSITION] and pointwise(group[0], frozenset(group)):
+        dense = alone and block.parts[group[0]] not in probe.routed
+        if dense and reach[at].output == [POSITION] and pointwise(group[0], frozenset(group)):
             found.append(group[0])
     return found
 
 
-def _widest(probe: Probe, block: _Block, names: Sequence[str], hidden: int) -> str:
-    widths = {name: probe.clean[block.parts[name]][0].given.shape[-1] for name in names}
-    widest = [name for name, width in widths.items() if width == max(widths.values())]
+def _widest(block: _Block, places: Sequence[Place], hidden: int) -> Place:
+    widest = [place for place in places if place.width == max(place.width for place in places)]
     if len(widest) != 1:
         raise ModelError(
-            f"{block.where} has {len(widest)} candidates for its FFN output projection "
-            f"({', '.join(widest) or 'none'}); expected exactly one matrix that writes width {hidden} "
-            "to the residual stream and is fed position by position. Mixtures of experts and "
-            "state-space blocks are not supported"
+            f"{block.where} has {len(widest)} candidates for its FFN "
+            f"({', '.join(place.name for place in widest) or 'none'}); expected exactly one matrix, or one mixture of "
+            f"experts, that writes width {hidden} to the residual stream and is fed position by position. "
+            "State-space blocks are not supported"
         )
     return widest[0]
 
 
-def _prove(probe: Probe, modules: Sequence[nn.Module], found: Mapping[str, nn.Module]) -> None:
-    """Raise ModelError unless a changed column shows as coefficient × change, at every position, and nowhere else.
+def _prove(probe: Probe, modules: Sequence[nn.Module], places: Sequence[Place]) -> None:
+    """Raise ModelError unless changed columns show as coefficient × change, at every position, and nowhere else.
 
-    The blocks' outputs with one column of each projection changed must be those with coefficient × change
-    added to what the untouched projection puts out, whatever follows it in the block; so must all that the
-    block's other matrices are given.
+    The blocks' outputs with one column of each projection (of each expert that the text was sent to) changed must
+    be those with coefficient × change added to what the untouched FFN puts out, whatever follows it in the block;
+    so must all that the block's other parts are given.
     """
-    columns = {part: _strongest(probe.clean[part][0]) for part in found.values()}
-    kept = {part: _column(part, at).clone() for part, (at, _) in columns.items()}
+    tried = [_tried(probe, place) for place in places]
+    kept = [place.take(columns) for place, (columns, _, _) in zip(places, tried, strict=True)]
     try:
-        for part, (at, move) in columns.items():
-            _column(part, at).add_(move.to(kept[part].dtype))
-        moves = {part: _column(part, at).float() - kept[part].float() for part, (at, _) in columns.items()}
+        for place, (columns, _, moves), before in zip(places, tried, kept, strict=True):
+            place.put(columns, before + moves.to(before.dtype))
+        real = [
+            place.take(columns).float() - before.float()
+            for place, (columns, _, _), before in zip(places, tried, kept, strict=True)
+        ]
         written = probe.rerun(modules, {}, held=False)
     finally:
-        for part, (at, _) in columns.items():
-            _column(part, at).copy_(kept[part])
+        for place, (columns, _, _), before in zip(places, tried, kept, strict=True):
+            place.put(columns, before)
     added = {
-        part: partial(_added, probe.clean[part][0].given[..., at], moves[part]) for part, (at, _) in columns.items()
+        place.module: partial(_added, coefficients @ moves)
+        for place, (_, coefficients, _), moves in zip(places, tried, real, strict=True)
     }
     told = probe.rerun(modules, added, held=False)
-    for name, block in zip(found, modules, strict=True):
+    for place, block in zip(places, modules, strict=True):
         seen = [(run[block][0].made for run in (probe.clean, written, told))]
-        seen += [(run[part][0].given for run in (probe.clean, written, told)) for part in matrices(block).values()]
+        seen += [(run[part][0].given for run in (probe.clean, written, told)) for part in probe.parts[block].values()]
         shows = [_as_told(*tensors) for tensors in seen]
         if not all(shows) or torch.equal(written[block][0].made, probe.clean[block][0].made):
             raise ModelError(
-                f"{name} cannot be proved to be the block's FFN output projection: a change of one of its columns "
-                "does not show as coefficient × change in what the block puts out; expected a matrix that nothing "
-                "else reads and whose weights are the ones that run"
+                f"{place.name} cannot be proved to be the block's FFN output projection: a change of its columns "
+                "does not show as coefficient × change in what the block puts out; expected weights that nothing "
+                "else reads and that are the ones that run"
             )
+
+
+def _tried(probe: Probe, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns [k], one an expert that was used, their coefficients [LENGTH, k], and a change [k, d] of them that
+    moves the output as a nudge does."""
+    seen = probe.clean[place.module][0]
+    z = _coefficients(probe, place)
+    largest = z.abs().amax(dim=0)
+    starts = torch.tensor([0, *place.widths]).cumsum(0)[:-1].tolist()
+    spans = zip(starts, place.widths, strict=True)
+    best = [start + int(largest[start : start + width].argmax()) for start, width in spans]
+    columns = torch.tensor([at for at in best if largest[at] > 0] or best[:1])
+    root = seen.made.float().pow(2).mean().sqrt().clamp(min=1e-3)
+    sizes = NUDGE * root / largest[columns].clamp(min=1e-6)
+    phases = torch.arange(len(columns)).tolist()
+    moves = torch.stack([size * pattern(seen.made, float(phase)) for size, phase in zip(sizes, phases, strict=True)])
+    return columns, z[:, columns], moves
+
+
+def _coefficients(probe: Probe, place: Place) -> Tensor:
+    """[LENGTH, m] of the untouched probe, float32."""
+    if place.dense:
+        return probe.clean[place.module][0].given.reshape(LENGTH, -1).float()
+    return probe.routed[place.module].coefficients().float()
 
 
 def _as_told(before: Tensor, written: Tensor, told: Tensor) -> bool:
@@ -198,18 +240,5 @@ def _as_told(before: Tensor, written: Tensor, told: Tensor) -> bool:
     return bool(((one - other).abs() <= (ROUNDED if half else EXACT) * change + last).all())
 
 
-def _strongest(seen: Seen) -> tuple[int, Tensor]:
-    """The column with the largest coefficient, and a change [d] of it that moves the output as a nudge does."""
-    coefficients = seen.given.reshape(-1, seen.given.shape[-1]).float().abs().amax(dim=0)
-    at = int(coefficients.argmax())
-    size = NUDGE * seen.made.float().pow(2).mean().sqrt().clamp(min=1e-3) / coefficients[at].clamp(min=1e-6)
-    return at, size * pattern(seen.made)
-
-
-def _column(part: nn.Module, at: int) -> Tensor:
-    """Neuron ``at`` of a projection, [d]: a view."""
-    return weight(part)[at] if isinstance(part, Conv1D) else weight(part)[:, at]
-
-
-def _added(coefficients: Tensor, move: Tensor, made: Tensor) -> Tensor:
-    return (made.float() + coefficients.float()[..., None] * move).to(made.dtype)
+def _added(move: Tensor, made: Tensor) -> Tensor:
+    return (made.float() + move.reshape(made.shape)).to(made.dtype)

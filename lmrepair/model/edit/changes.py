@@ -39,6 +39,13 @@ class Change:
     def largest(self) -> float:
         return float(self.deltas.abs().max())
 
+    def part(self, some: slice) -> Change | None:
+        """The change of the neurons in a slice of the layer alone, counted from its start; None where it has none."""
+        inside = (self.columns >= some.start) & (self.columns < some.stop)
+        if not bool(inside.any()):
+            return None
+        return Change(self.columns[inside] - some.start, self.deltas[inside], self.originals[inside])
+
     def patched(self) -> Tensor:
         """The neurons as the patch leaves them: summed in float32, rounded once to the model's dtype."""
         return patched(self.originals, self.deltas)
@@ -109,13 +116,19 @@ class LowRank:
 
     def parts(self, neurons: int) -> Iterator[tuple[slice, LowRank]]:
         """The same for that many neurons at a time, so that little of the layer is in memory at once."""
-        places, values = self.missed()
+        missed = self.missed()
         for start in range(0, self.product.left.shape[1], neurons):
             some = slice(start, start + neurons)
-            inside = (places >= start * self.width) & (places < (start + neurons) * self.width)
-            packed = pack((places[inside] - start * self.width).numpy(), values[inside].numpy())
-            product = replace(self.product, left=self.product.left[:, some])
-            yield some, LowRank(product, self.dtype, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            yield some, self.part(some, missed)
+
+    def part(self, some: slice, missed: tuple[Tensor, Tensor] | None = None) -> LowRank:
+        """The same for the neurons in a slice of the layer alone; ``missed``, where it is known already."""
+        places, values = missed or self.missed()
+        first = some.start * self.width
+        inside = (places >= first) & (places < some.stop * self.width)
+        packed = pack((places[inside] - first).numpy(), values[inside].numpy())
+        product = replace(self.product, left=self.product.left[:, some])
+        return LowRank(product, self.dtype, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
 
     def factors(self, width: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """A [r, m] and B [d, r], float32, with the change of the whole projection [d, m] = B A."""

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-import torch
 from torch import Tensor
 
 from lmrepair.model.batches import Sites
@@ -91,18 +90,11 @@ class Projections:
 
 def take(net: Net, layer: int, columns: Tensor) -> Tensor:
     """A copy of some of a layer's neurons, [k, d]."""
-    neurons = net.columns(layer)
-    return neurons.clone() if len(columns) == len(neurons) else neurons.index_select(0, columns.to(neurons.device))
+    return net.anatomy.ffns[layer].take(columns)
 
 
 def put(net: Net, layer: int, columns: Tensor, values: Tensor) -> None:
-    neurons = net.columns(layer)
-    values = values.to(neurons.device)
-    with torch.no_grad():
-        if len(columns) == len(neurons):
-            neurons.copy_(values)
-        else:
-            neurons.index_copy_(0, columns.to(neurons.device), values)
+    net.anatomy.ffns[layer].put(columns, values)
 
 
 def _equal_bits(one: Tensor, other: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ def statistics_of(
     name = ", ".join([*parts, reference.name] if reference else parts)
     given = windows(net, reference.texts) if reference else []
     kinds = {
-        layer: (kind_for(asked.inputs, width), kind_for(asked.outputs, net.hidden))
-        for layer, width in enumerate(net.widths)
+        layer: (kind_for(asked.inputs, place.widths), kind_for(asked.outputs, (net.hidden,)))
+        for layer, place in enumerate(net.anatomy.ffns)
     }
     model = fingerprint(net, {})
     read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
@@ -75,8 +75,8 @@ def statistics_of(
     if found is None:
         tokens = count * length + sum(len(item.target) for item in given)
         room = sum(
-            size(one, width, asked.samples) + size(other, net.hidden, asked.samples)
-            for (one, other), width in zip(kinds.values(), net.widths, strict=True)
+            size(one, place.widths, asked.samples) + size(other, (net.hidden,), asked.samples)
+            for (one, other), place in zip(kinds.values(), net.anatomy.ffns, strict=True)
         )
         progress(f"statistics, once for this model: {tokens:,} tokens, {room / 1e6:.0f} MB kept", 0, 1)
         found = _packed(_gathered(file, net, given, asked, (count, length, seed), progress))
@@ -166,7 +166,9 @@ def _kept(file: _File, net: Net, kinds: Kinds) -> Packed | None:
     tensors, record = found
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for layer, both in kinds.items():
-        for part, kind, width in zip(("inputs", "outputs"), both, (net.widths[layer], net.hidden), strict=True):
+        for part, kind, width in zip(
+            ("inputs", "outputs"), both, (net.anatomy.ffns[layer].widths, (net.hidden,)), strict=True
+        ):
             wanted |= {f"{part}.{layer}.{name}": form for name, form in shapes(kind, width).items()}
     tokens = record.get("tokens")
     fits = set(tensors) == set(wanted) and all(_fits(tensors[name], *form) for name, form in wanted.items())

@@ -14,11 +14,12 @@ from lmrepair.failures import Tokens
 from lmrepair.model.anatomy import not_finite
 from lmrepair.model.batches import Batch
 from lmrepair.model.head import Head
-from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
+from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics, blocks
 from lmrepair.model.net import Net, drawn, settled
 from lmrepair.model.statistics.packing import strips
 
-FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it
+FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it; of a mixture, block by block,
+BLOCKS = 1 << 24  # up to so many numbers a layer, and the diagonal above that
 READ_AT_ONCE = 256  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
 
 Report = Callable[[int, int], None]
@@ -67,8 +68,11 @@ class Sums:
         count = sum(len(item.ids) - 1 for item in tokens)
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
         kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
-        inputs = {layer: Sum(kind_for(asked.inputs, width)) for layer, width in enumerate(net.widths)}
-        outputs = {layer: Sum(kind_for(asked.outputs, net.hidden)) for layer in range(net.layers)}
+        inputs = {
+            layer: Sum(kind_for(asked.inputs, place.widths), place.widths)
+            for layer, place in enumerate(net.anatomy.ffns)
+        }
+        outputs = {layer: Sum(kind_for(asked.outputs, (net.hidden,))) for layer in range(net.layers)}
         generator = torch.Generator(net.device).manual_seed(seed)
         with settled(net.model):
             head = Head.of(net, net.batches(tokens[:1])[0])
@@ -135,16 +139,25 @@ class Sums:
                 one.parts = [state[name].to(device, copy=True) for name in names if name in state]
 
 
-def kind_for(asked: str, width: int) -> str:
-    """How a moment of a width is kept where it is left open."""
-    return asked if asked != "auto" else "full" if width <= FULL_WIDTH else "sampled"
+def kind_for(asked: str, widths: Sequence[int]) -> str:
+    """How a moment of experts of these widths (or of one) is kept where it is left open.
+
+    "full" is never kept across more than FULL_WIDTH neurons of several experts: then it is a block for each.
+    """
+    if asked not in ("auto", "full") or sum(widths) <= FULL_WIDTH:
+        return asked if asked != "auto" else "full"
+    if len(widths) == 1:
+        return asked if asked != "auto" else "sampled"
+    bounded = asked == "full" or max(widths) * sum(widths) <= BLOCKS
+    return "blocks" if bounded else "diagonal"
 
 
 @dataclass
 class Sum:
-    """A moment while its rows come in: strips of the sum of x xᵀ, the sum of x², or rows."""
+    """A moment while its rows come in: strips of the sum of x xᵀ, blocks of it, the sum of x², or rows."""
 
     kind: str
+    widths: tuple[int, ...] = ()
     parts: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, sampled: Tensor) -> None:
@@ -152,6 +165,12 @@ class Sum:
         x = x.float()
         if self.kind == "sampled":
             self.parts = [torch.cat([*self.parts, x[sampled].cpu()])]
+            return
+        if self.kind == "blocks":
+            self.parts = self.parts or [x.new_zeros(max(self.widths), x.shape[1])]
+            for one in blocks(self.widths):
+                mine = x[:, one][x[:, one].any(dim=1)]  # of the tokens that the expert saw
+                self.parts[0][: one.stop - one.start, one].addmm_(mine.T, mine)
             return
         if self.kind != "full":
             self.parts = [sum(self.parts, x.square().sum(dim=0))]
@@ -166,6 +185,10 @@ class Sum:
         """The mean over ``count`` positions."""
         if self.kind == "sampled":
             return Moment("sampled", self.parts[0])
+        if self.kind == "blocks":
+            some = blocks(self.widths)
+            found = [(self.parts[0][: one.stop - one.start, one] / count).cpu() for one in some]
+            return Moment.of_blocks([(block + block.T) / 2 for block in found])
         if self.kind != "full":
             mean = (self.parts[0] / count).cpu()
             return Moment.identity(len(mean), float(mean.mean())) if self.kind == "none" else Moment(self.kind, mean)

@@ -26,6 +26,8 @@ def compare_others(checkpoint: Checkpoint, patch: Patch, placed: Mapping[int, Pl
     a checkpoint with a weight under another name, or in a form that is changed when it is loaded, cannot be
     compared in this way. Raises WrongModelError if all weights have their counterparts and differ.
     """
+    if patch.fingerprint.experts:
+        return "what the patch changes and every mixture of experts"
     partly = "every FFN output projection"
     names = _names_in_memory(checkpoint, trust)
     projections = {one.stored.name for one in (*placed.values(), *untouched(checkpoint, patch, placed).values())}

@@ -51,12 +51,15 @@ class OtherDtypeError(ModelError):
 
 
 def place(checkpoint: Checkpoint, patch: Patch, patched: bool) -> dict[int, Placed]:
-    """Layer → its tensor, checked whole: bit for bit the model the patch was made for, in the state asked for.
+    """Dense layer → its tensor, checked whole: bit for bit the model the patch was made for, in the state asked for.
 
     Raises OtherDtypeError where matrices of the right shape exist in another dtype only, WrongModelError for
     any other model or state. One matrix at a time is in memory.
     """
-    shaped = {layer: _of_shape(checkpoint, patch, layer) for layer in patch.changes}
+    dense = [layer for layer in patch.changes if layer not in patch.fingerprint.experts]
+    if not dense:
+        return {}
+    shaped = {layer: _of_shape(checkpoint, patch, layer) for layer in dense}
     found = {layer: _holding(some, patch, layer, patched) for layer, some in shaped.items()}
     if not all(found.values()):
         if all(_holding(some, patch, layer, not patched) for layer, some in shaped.items()):
@@ -219,11 +222,11 @@ def _refuse_other_layers(checkpoint: Checkpoint, patch: Patch, chosen: Mapping[i
 def untouched(checkpoint: Checkpoint, patch: Patch, chosen: Mapping[int, Placed]) -> dict[int, Placed]:
     """The FFN output projections of the layers that the patch does not change, by the names of those that it does."""
     names = {pattern(placed.stored.name, layer) for layer, placed in chosen.items()}
-    rows = next(iter(chosen.values())).rows
     found = {}
     if len(names) == 1:
         (name,) = names
-        for layer in set(range(len(patch.fingerprint.layers))) - set(chosen):
+        rows = next(iter(chosen.values())).rows
+        for layer in set(range(len(patch.fingerprint.layers))) - {*chosen, *patch.fingerprint.experts}:
             stored = checkpoint.tensors.get(name.replace("*", str(layer)))
             if stored is not None and len(stored.shape) == 2:
                 found[layer] = Placed(stored, rows)

@@ -60,11 +60,23 @@ class Factors:
         return self.padded(fitting[0])
 
 
+def refuse_experts(patch: Patch) -> None:
+    """Raise UsageError for a patch that changes mixtures of experts, which no adapter is written for."""
+    experts = sorted({*patch.changes} & {*patch.fingerprint.experts})
+    if experts:
+        raise UsageError(
+            f"layers {experts} are mixtures of experts, and adapters for experts are not written; serve the patched "
+            "model itself: lmrepair apply, or --to merged"
+        )
+
+
 def exact(patch: Patch, widths: Mapping[int, int]) -> Factors:
     """The factors of a patch for projections of ``widths`` neurons: one-hot rows of A, or the deltas' own rank if less.
 
-    Raises PatchError for a layer that the model does not have, or a neuron that it has no room for.
+    Raises PatchError for a layer that the model does not have, or a neuron that it has no room for, UsageError for
+    a mixture of experts: what a LoRA does to an expert differs from engine to engine.
     """
+    refuse_experts(patch)
     found = {}
     for layer, change in patch.changes.items():
         if layer not in widths or int(change.columns[-1]) >= widths[layer]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lmrepair.errors import ModelError, UsageError, WrongModelError, nearest
 from lmrepair.model import LowRank
 from lmrepair.patch.patch import Patch
-from lmrepair.patch.serving.factors import Factors
+from lmrepair.patch.serving.factors import Factors, refuse_experts
 
 FAR = 0.7  # relative distance of the base's neurons from the patch's originals; 4 bits make 0.1, another model 1.4
 
@@ -52,6 +52,7 @@ def read_base(path: Path, patch: Patch) -> Base:
     Raises ModelError for a file that is no model in GGUF, WrongModelError where the base has other shapes, or
     holds neurons that are further from the patch's originals than any quantisation takes them.
     """
+    refuse_experts(patch)
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
