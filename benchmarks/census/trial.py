@@ -165,7 +165,8 @@ def looks(net: Net, failure: Failure) -> list[str]:
     head = Head.of(net, net.batches(net.tokenize([failure]))[0])
     places = [net.model.get_submodule(name) for name in net.anatomy.names]
     block = net.model.get_submodule(re.split(r"(\.\d+)\.", net.anatomy.names[0], maxsplit=1)[0] + ".0")
-    norms = sum(getattr(part, "weight", torch.empty(0, 0)).shape == (net.hidden,) for part in block.modules())
+    gains = [getattr(part, "weight", None) for part in block.modules()]
+    norms = sum(isinstance(gain, Tensor) and gain.shape == (net.hidden,) for gain in gains)
     found = {
         f"cap {head.cap:g}": head.cap > 0,
         f"scale {head.scale:.3g}": head.scale != 1,

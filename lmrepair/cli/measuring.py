@@ -44,18 +44,11 @@ Judge = Annotated[
 ]
 
 
-def doctor(
-    model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    trust: Trust = False,
-    as_json: Json = False,
-) -> None:
+def doctor(*, model: Model = None, loading: SeededLoadOptions, as_json: Json = False) -> None:
     """Look at a model before its first repair: what was placed, traps of its tokenizer, memory and time, engines."""
     from lmrepair.measure import examine
 
-    data = doctor_data(examine(load_net(model, device, dtype, seed, trust)))
+    data = doctor_data(examine(load_net(model, loading)))
     show_result(data, doctor_text(data), as_json)
     raise typer.Exit(0 if data["fits"] else 1)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lmrepair.model.anatomy import weight
 from lmrepair.model.net import Net
@@ -30,15 +31,22 @@ class Fingerprint:
 
 
 def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
-    """The fingerprint of a net without the neurons ``changed`` (layer → indices [k])."""
+    """The fingerprint of a net without the neurons ``changed`` (layer → indices [k]).
+
+    Of a model that lies on several devices as shards, every rank has to ask for it: it is that of the whole.
+    """
     projections = {weight(module).data_ptr() for module in net.anatomy.projections}
     body = {
         name: tensor
         for name, tensor in net.model.state_dict().items()
         if isinstance(tensor, Tensor) and tensor.data_ptr() not in projections
     }
+    # Shards are put together one after another, in one order on all ranks; what is whole is hashed side by side.
+    shards = {
+        name: digest(tensor.full_tensor()) for name, tensor in sorted(body.items()) if isinstance(tensor, DTensor)
+    }
     with ThreadPoolExecutor() as pool:
-        parts = pool.map(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
+        parts = pool.map(lambda item: f"{item[0]} {shards.get(item[0]) or digest(item[1])}", sorted(body.items()))
         layers = pool.map(lambda layer: digest(_unchanged(net, layer, changed)), range(net.layers))
         return Fingerprint(hashlib.sha256("\n".join(parts).encode()).hexdigest(), tuple(layers))
 

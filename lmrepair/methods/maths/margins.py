@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lmrepair.methods.maths.tail import Tail, states_before_norm
 from lmrepair.model import Batch, Net, Preference, Reading, Sites
@@ -66,6 +67,7 @@ def read_margins(
     factors: list[Factors] = []
     tails: list[Tail] = []
     last = net.layers - 1
+    sharded = any(isinstance(parameter, DTensor) for parameter in net.model.parameters())
     done = True
     at = 0
     for batch in _apart(net, batches):
@@ -94,7 +96,12 @@ def read_margins(
             (slope,) = torch.autograd.grad(value.sum(), states, retain_graph=True)
             outputs = [watched.outputs[layer] for layer in sites.layers]
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
-            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, sites.layers == (last,))
+            owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
+            if sites.layers == (last,):
+                slopes = _at_own(batch, owned, slope, states, outputs[0])
+            else:
+                slopes = _passes(owned, slope, states, outputs, batched=not sharded)
+            factors += _factors(batch, owned, slopes, inputs, sites, part.start)
     joint = Preference.join(preferences)
     return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
 
@@ -116,24 +123,19 @@ def _apart(net: Net, batches: Sequence[Batch]) -> list[Batch]:
 
 def _factors(
     batch: Batch,
-    rows: Tensor,
-    slope: Tensor,
-    states: Tensor,
-    outputs: Sequence[Tensor],
+    owned: Sequence[Tensor],
+    slopes: Sequence[Tensor],
     inputs: Mapping[int, Tensor],
     sites: Sites,
     first: int,
-    last: bool,
 ) -> list[Factors]:
-    """The factors of a batch's failures; ``last`` where the last layer alone is written to."""
-    owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
-    joined = _at_own(batch, owned, slope, states, outputs[0]) if last else _passes(owned, slope, states, outputs)
+    """The factors of a batch's failures, each with the open rows that it has; ``slopes`` by layer."""
     found = []
     for index, own in enumerate(owned):
         if not len(own):
             continue
         length = int(batch.rows[own[-1]]) - index * batch.ids.shape[1] + 1  # a causal model: no later position matters
-        places = {layer: sites.columns[layer].to(states.device) for layer in sites.layers}
+        places = {layer: sites.columns[layer].to(own.device) for layer in sites.layers}
         found.append(
             Factors(
                 own + first,
@@ -141,20 +143,23 @@ def _factors(
                 {layer: inputs[layer][index, :length].index_select(1, places[layer]).float() for layer in sites.layers},
                 {
                     layer: part[: len(own), index, :length].float().clone()
-                    for layer, part in zip(sites.layers, joined, strict=True)
+                    for layer, part in zip(sites.layers, slopes, strict=True)
                 },
             )
         )
     return found
 
 
-def _passes(owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _passes(
+    owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Sequence[Tensor], batched: bool
+) -> list[Tensor]:
     """For each layer, slopes [turns, B, T, d]: turn r is about the r-th open row of every failure.
 
-    Failures share no positions, so their first open rows go into one backward pass, their second into the next.
+    Failures share no positions, so their first open rows go into one backward pass, their second into the next;
+    ``batched``, many passes run as one, which tensors in shards do not know.
     """
     turns = max(len(own) for own in owned)
-    together = max(1, SLOPES_AT_ONCE // sum(output.numel() for output in outputs))
+    together = max(1, SLOPES_AT_ONCE // sum(output.numel() for output in outputs)) if batched else 1
     slopes: list[list[Tensor]] = [[] for _ in outputs]
     for begin in range(0, turns, together):
         count = min(together, turns - begin)
@@ -162,9 +167,12 @@ def _passes(owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Seq
         for own in owned:
             for turn, row in enumerate(own[begin : begin + count].tolist()):
                 seeds[turn, 0, row] = slope[0, row]
-        made = torch.autograd.grad(
-            states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=begin + count < turns
-        )
+        keep = begin + count < turns
+        if batched:
+            made = torch.autograd.grad(states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=keep)
+        else:
+            alone = torch.autograd.grad(states, outputs, grad_outputs=seeds[0], retain_graph=keep)
+            made = tuple(part[None] for part in alone)
         for kept, part in zip(slopes, made, strict=True):
             kept.append(part)
     return [torch.cat(parts) for parts in slopes]
