@@ -15,7 +15,7 @@ import typer
 
 from lmrepair.cli.faults import INTERRUPTED, guarded
 from lmrepair.cli.fix import check, fix
-from lmrepair.cli.measuring import evaluate, show, verify
+from lmrepair.cli.measuring import doctor, evaluate, show, verify
 from lmrepair.cli.options import Device, Json, with_options
 from lmrepair.cli.output import say, show_result
 from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, push, revert
@@ -84,6 +84,7 @@ def demo(device: Device = "auto", as_json: Json = False) -> None:
 for command in (
     diagnose,
     repair,
+    doctor,
     evaluate,
     verify,
     show,

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: ``evaluate``, ``verify``, ``show``."""
+"""The commands that look and change nothing: ``doctor``, ``evaluate``, ``verify``, ``show``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from lmrepair.cli.options import (
     read_references,
 )
 from lmrepair.cli.output import (
+    doctor_data,
+    doctor_text,
     drift_text,
     measures_data,
     measures_text,
@@ -40,6 +42,15 @@ from lmrepair.measure import plain, visible
 Judge = Annotated[
     str | None, typer.Option("--model", help="The patch's model: says which failure needed each layer; or embedded.")
 ]
+
+
+def doctor(*, model: Model = None, loading: SeededLoadOptions, as_json: Json = False) -> None:
+    """Look at a model before its first repair: what was placed, traps of its tokenizer, memory and time, engines."""
+    from lmrepair.measure import examine
+
+    data = doctor_data(examine(load_net(model, loading)))
+    show_result(data, doctor_text(data), as_json)
+    raise typer.Exit(0 if data["fits"] else 1)
 
 
 def evaluate(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
+    from lmrepair.failures.chats import end_of_turn as end_of_turn
     from lmrepair.failures.files import (
         flush as flush,
         shipped as shipped,

@@ -69,6 +69,19 @@ def rendered(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     return Rendered(prompt, lead + target + ("" if end and target.endswith(end.strip()) else end))
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template ends an assistant's turn with; empty where it writes none, None without one.
+
+    Raises FailuresError for a template that refuses a user's plain turn.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = Failure("", STAND_IN, messages=({"role": "user", "content": "Question"},))
+    _render(asked, tokenizer, asked.messages)
+    around = _around(asked, tokenizer, False)
+    return around.end.strip() if around is not None else ""
+
+
 def _asked(failure: Failure, tokenizer: PreTrainedTokenizerBase, around: _Around | None) -> tuple[str, str]:
     """The prompt, and what stands between it and an answer."""
     prompt = _render(failure, tokenizer, failure.messages, add_generation_prompt=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         scores as scores,
         teacher_texts as teacher_texts,
     )
+    from lmrepair.measure.doctor import Examination as Examination, Trap as Trap, examine as examine
     from lmrepair.measure.drift import (
         Drift as Drift,
         Edit as Edit,

@@ -50,6 +50,13 @@ if TYPE_CHECKING:
     )
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
     from lmrepair.model.source import HUB as HUB, Source as Source
-    from lmrepair.model.statistics import WINDOW as WINDOW, statistics_of as statistics_of, windows as windows
+    from lmrepair.model.statistics import (
+        TEXTS as TEXTS,
+        WINDOW as WINDOW,
+        Planned as Planned,
+        planned as planned,
+        statistics_of as statistics_of,
+        windows as windows,
+    )
 
 __getattr__, __dir__ = door(__name__)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         holding as holding,
         known_architecture as known_architecture,
         llama_cpp as llama_cpp,
+        peft_config as peft_config,
         peft_on as peft_on,
         read_base as read_base,
         save_gguf as save_gguf,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         repair_data as repair_data,
         repair_text as repair_text,
     )
+    from lmrepair.cli.output.render_doctor import doctor_data as doctor_data, doctor_text as doctor_text
     from lmrepair.cli.output.render_measures import measures_data as measures_data, measures_text as measures_text
 
 __getattr__, __dir__ = door(__name__)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.statistics.cache import cache_folder as cache_folder, statistics_of as statistics_of
+    from lmrepair.model.statistics.cache import (
+        TEXTS as TEXTS,
+        Planned as Planned,
+        cache_folder as cache_folder,
+        planned as planned,
+        statistics_of as statistics_of,
+    )
     from lmrepair.model.statistics.sums import gather as gather
     from lmrepair.model.statistics.texts import WINDOW as WINDOW, windows as windows
 

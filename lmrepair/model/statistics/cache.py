@@ -37,6 +37,33 @@ PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
 Kinds = Mapping[int, tuple[str, str]]  # layer → how C and F are kept
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What statistics take: ``own`` texts of ``length`` tokens, all ``tokens`` that are read, the ``bytes`` that are
+    kept, and how the moments of every layer are kept."""
+
+    kinds: Kinds
+    own: int
+    length: int
+    tokens: int
+    bytes: int
+
+
+def planned(net: Net, asked: Asked, own: int | None = None, given: int = 0) -> Planned:
+    """What it takes to gather the statistics asked for, from the model's ``own`` texts and ``given`` other tokens."""
+    length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
+    count = TEXTS if own is None else own
+    kinds = {
+        layer: (kind_for(asked.inputs, place.widths), kind_for(asked.outputs, (net.hidden,)))
+        for layer, place in enumerate(net.anatomy.ffns)
+    }
+    room = sum(
+        size(one, place.widths, asked.samples) + size(other, (net.hidden,), asked.samples)
+        for (one, other), place in zip(kinds.values(), net.anatomy.ffns, strict=True)
+    )
+    return Planned(kinds, count, length, count * length + given, room)
+
+
 def statistics_of(
     net: Net,
     asked: Asked,
@@ -54,17 +81,13 @@ def statistics_of(
     without. What it takes is said through ``progress`` before it starts; a run that is cut off is taken up
     where it stood some seconds before.
     """
-    length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
-    count = TEXTS if own is None else own
+    given = windows(net, reference.texts) if reference else []
+    plan = planned(net, asked, own, sum(len(item.target) for item in given))
+    count, length, kinds = plan.own, plan.length, plan.kinds
     if count < (reference is None):
         raise UsageError(f"{count} texts of the model's own; expected 1 or more, or 0 beside other reference text")
     parts = [f"{count} x {length} own tokens, seed {seed}"] if count else []
     name = ", ".join([*parts, reference.name] if reference else parts)
-    given = windows(net, reference.texts) if reference else []
-    kinds = {
-        layer: (kind_for(asked.inputs, place.widths), kind_for(asked.outputs, (net.hidden,)))
-        for layer, place in enumerate(net.anatomy.ffns)
-    }
     model = fingerprint(net, {})
     read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
     wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
@@ -73,12 +96,7 @@ def statistics_of(
     file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
     found = _kept(file, net, kinds)
     if found is None:
-        tokens = count * length + sum(len(item.target) for item in given)
-        room = sum(
-            size(one, place.widths, asked.samples) + size(other, (net.hidden,), asked.samples)
-            for (one, other), place in zip(kinds.values(), net.anatomy.ffns, strict=True)
-        )
-        progress(f"statistics, once for this model: {tokens:,} tokens, {room / 1e6:.0f} MB kept", 0, 1)
+        progress(f"statistics, once for this model: {plan.tokens:,} tokens, {plan.bytes / 1e6:.0f} MB kept", 0, 1)
         found = _packed(_gathered(file, net, given, asked, (count, length, seed), progress))
         file.write(*found)
         file.part.remove()

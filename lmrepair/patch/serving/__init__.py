@@ -25,6 +25,11 @@ if TYPE_CHECKING:
         read_base as read_base,
         save_gguf as save_gguf,
     )
-    from lmrepair.patch.serving.peft import Modules as Modules, peft_on as peft_on, save_peft as save_peft
+    from lmrepair.patch.serving.peft import (
+        Modules as Modules,
+        peft_config as peft_config,
+        peft_on as peft_on,
+        save_peft as save_peft,
+    )
 
 __getattr__, __dir__ = door(__name__)

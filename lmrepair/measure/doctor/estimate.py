@@ -1,0 +1,172 @@
+"""What a repair takes on this device: memory and time, from the model's sizes and one measured pass.
+
+The formulas are in docs/doctor.md. What is estimated are orders of magnitude, to choose settings by.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from lmrepair.failures import Tokens, read_kinds
+from lmrepair.methods import Method, MinKl, Star
+from lmrepair.model import Batch, Net, Planned, Sites, planned, settled, windows
+
+PROMPT, TARGET = 32, 8  # tokens of the failure that is reckoned with
+# Settings, and the median time of a repair in forward passes over the same tokens (docs/LOG.md, the comparison).
+SETTINGS: tuple[tuple[str, Method, float], ...] = (
+    ("--method minkl", MinKl(), 15.7),
+    ("--method minkl --neurons 16", MinKl(neurons=16), 15.2),
+    ("--method minkl --layers last", MinKl(layers="last"), 3.6),
+    ("--method star", Star(), 17.0),
+)
+PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
+AT_ONCE = 256  # tokens in one pass while statistics are gathered
+GATE = 17  # tokens of each reference text that the gate reads, where it need not read on
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured seconds: for a ``token`` of a short failure, for a token of reference ``text`` (``AT_ONCE`` in a pass),
+    and for a ``step``, one more token of all the texts that a model writes side by side."""
+
+    token: float
+    text: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """What some settings take beside the weights: ``statistics_seconds`` once for a model, ``seconds`` each repair.
+
+    ``bytes`` is the most at one time; ``fits``: whether that is there.
+    """
+
+    settings: str
+    statistics_seconds: float
+    seconds: float
+    bytes: int
+    fits: bool
+
+
+def free_bytes(net: Net) -> int:
+    """Memory that could still be had where the model is."""
+    if net.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(net.device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def speed(net: Net, texts: int) -> Speed:
+    """Measure it, in a handful of passes; ``texts`` are written side by side."""
+    token = net.pad
+    long = min(AT_ONCE, net.anatomy.context or AT_ONCE)
+    one, text, step = (
+        net.batches([Tokens(str(at), (token,) * (length - 1), (token,)) for at in range(count)])[0]
+        for count, length in ((1, PROMPT + TARGET), (AT_ONCE // long, long), (texts, 2))
+    )
+    with settled(net.model), torch.inference_mode():
+        net.logits(one)
+        return Speed(_timed(net, one) / one.ids.numel(), _timed(net, text) / text.ids.numel(), _timed(net, step) / 2)
+
+
+def _timed(net: Net, batch: Batch) -> float:
+    times: list[float] = []
+    while len(times) < PASSES and sum(times) < ENOUGH:
+        began = time.perf_counter()
+        net.logits(batch)
+        if net.device.type == "cuda":
+            torch.cuda.synchronize(net.device)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
+    """What each of the SETTINGS takes."""
+    found = []
+    for text, method, passes in SETTINGS:
+        asked = method.asks()
+        plan = planned(net, asked) if asked is not None else None
+        sites = method.fixed_sites(net) or _share(net)
+        samples = asked.samples if asked is not None else 0
+        once = _gathering(net, plan, measured) if plan is not None else 0.0
+        each = passes * (PROMPT + TARGET) * measured.token + _gate(net, measured)
+        each += _factoring(net, plan, sites, samples, measured) if plan is not None else 0.0
+        room = max(_activations(net, AT_ONCE) + _sums(net, plan), _solving(net, method, plan, sites, samples))
+        found.append(Need(text, once, each, room, room <= free))
+    return tuple(found)
+
+
+def _share(net: Net) -> Sites:
+    """Of methods that choose neurons by what the failures say: as many as STAR does, a quarter."""
+    return Sites({layer: torch.arange(-(-width // 4)) for layer, width in enumerate(net.widths)})
+
+
+def _gathering(net: Net, plan: Planned, measured: Speed) -> float:
+    """Texts written token by token, read forwards and backwards (as three passes), and the products x xᵀ."""
+    products = sum(width * width for kind, width in _moments(net, plan) if kind == "full")
+    return plan.length * measured.step + plan.tokens * (3 * measured.text + products / _rate(net, measured))
+
+
+def _factoring(net: Net, plan: Planned, sites: Sites, samples: int, measured: Speed) -> float:
+    """Cholesky factors of the moments of the layers written to; of n samples, the n × n products and their factor."""
+    operations = 0.0
+    for kind, width in _moments(net, plan, sites):
+        operations += width**3 / 3 if kind == "full" else samples**2 * width * 2 if kind == "sampled" else 0
+    return operations / _rate(net, measured)
+
+
+def _gate(net: Net, measured: Speed) -> float:
+    """The beginning of each reference text that ships, read before and after."""
+    tokens = sum(min(GATE, len(item.ids)) for kind in read_kinds() for item in windows(net, kind.texts))
+    return 2 * tokens * measured.text
+
+
+def _rate(net: Net, measured: Speed) -> float:
+    """Operations in a second, as a pass makes them: two for each weight that a token meets."""
+    table = net.model.get_input_embeddings().weight
+    weights = sum(parameter.numel() for parameter in net.model.parameters())
+    met = weights - (table.numel() if table is not net.anatomy.head.weight else 0)
+    return float(2 * met / measured.text)
+
+
+def _moments(net: Net, plan: Planned, sites: Sites | None = None) -> Iterator[tuple[str, int]]:
+    """Kind and width of the moments of some layers (default: all)."""
+    for layer in plan.kinds if sites is None else sites.layers:
+        yield plan.kinds[layer][0], net.widths[layer]
+        yield plan.kinds[layer][1], net.hidden
+
+
+def _held(moments: Iterator[tuple[str, int]], samples: int, full: Callable[[int], float]) -> int:
+    """Bytes of moments in float32: full ones as ``full`` numbers, n sampled rows, diagonals."""
+    numbers = (full(w) if kind == "full" else samples * w if kind == "sampled" else w for kind, w in moments)
+    return int(4 * sum(numbers))
+
+
+def _sums(net: Net, plan: Planned | None) -> int:
+    """While texts are read: a little more than half of each symmetric sum."""
+    return _held(_moments(net, plan), plan.tokens, lambda width: width * width * 9 / 16) if plan is not None else 0
+
+
+def _solving(net: Net, method: Method, plan: Planned | None, sites: Sites, samples: int) -> int:
+    """The packed statistics, factors of the layers written to, originals and deltas, and what the method keeps."""
+    failure = Tokens("", (0,) * PROMPT, (0,) * TARGET)
+    written = sum(len(columns) for columns in sites.columns.values()) * net.hidden
+    held = plan.bytes + _held(_moments(net, plan, sites), samples, lambda width: width * width) if plan else 0
+    trial = written * (net.dtype.itemsize + 4)
+    return held + trial + method.memory(net, [failure], sites) + _activations(net, PROMPT + TARGET)
+
+
+def _activations(net: Net, tokens: int) -> int:
+    """What a backward pass over some tokens needs: about twelve states and three FFN inputs a layer, and logits."""
+    each = 12 * net.hidden * net.layers + 3 * sum(net.widths)
+    return tokens * (each * net.dtype.itemsize + 3 * 4 * net.anatomy.vocabulary)
