@@ -33,13 +33,13 @@ def main(folder: str) -> None:
 def _figures(rows: Sequence[Row]) -> list[str]:
     kinds = {key.split(".")[1] for row in rows for key in row.values if key.startswith("drift.")}
     kls = {kind: _values(rows, f"drift.{kind}.kl") for kind in kinds}
-    worst = max((fmean(found) for found in kls.values() if found), default=float("nan"))
+    neutral = [value for kind in KINDS for value in kls.get(kind, ())]
     wordings = [_values(rows, f"generalisation.{one}.after.match") for one in WORDINGS]
     return [
         f"{sum(row.values.get('repaired', 0) > 0 for row in rows)} of {len(rows)}",
         f"{median(_values(rows, 'cost.forward_equivalents')):.1f}",
-        f"{fmean(value for kind in KINDS for value in kls.get(kind, ())):.4f}",
-        f"{worst:.4f}",
+        f"{fmean(neutral):.4f}" if neutral else "",
+        f"{max(fmean(found) for found in kls.values() if found):.4f}" if neutral else "",
         *(f"{fmean(found):.3f}" if found else "" for found in wordings),
         f"{median(_values(rows, 'patch.bytes')) / 1e6:.1f}",
     ]
