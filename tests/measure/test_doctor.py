@@ -134,7 +134,7 @@ def test_engines_are_asked_as_an_export_asks_them() -> None:
     assert "llama.cpp has no architecture 'no_such_model'" in served(net)[1].refused
     net.source = Source("gguf", "0" * 64, "Q4_0")
     assert served(net)[1].refused == ""
-    net.anatomy = replace(net.anatomy, names=("down", "down", "down"))
+    net.anatomy = replace(net.anatomy, ffns=tuple(replace(place, name="down") for place in net.anatomy.ffns))
     assert "no layer's number" in served(net)[0].refused
 
 
