@@ -232,11 +232,12 @@ class Net:
         def ran(layer: int, read: Callable[[], Tensor], output: Tensor, fed: bool) -> Tensor:
             form = tuple(shape)
             inputs.made[layer] = lambda: read().reshape(*form, -1)
-            if torch.is_grad_enabled() and not fed:
-                outputs[layer] = output.detach().reshape(*form, -1).requires_grad_()
-                return outputs[layer].clone()  # a leaf must not be changed in place by the residual add
             outputs[layer] = output.reshape(*form, -1)
-            return outputs[layer]
+            if not torch.is_grad_enabled():
+                return outputs[layer]
+            if not fed:
+                outputs[layer] = outputs[layer].detach().requires_grad_()
+            return outputs[layer].clone()  # what is differentiated by must not be changed in place by a residual add
 
         with ExitStack() as hooks:
             hooks.callback(self.model.register_forward_pre_hook(started, with_kwargs=True).remove)

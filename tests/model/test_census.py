@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "census"
 # Tied and untied heads, a scale and a cap behind them, Conv1D, biases, norms around a block, side by side with
-# attention, without a gain, recurrences, a wrapper around a text model, Gemma 4's projection beside the FFN, a mixture.
-KINDS = ("llama", "gpt2", "gemma2", "cohere", "gptj", "olmo", "recurrent_gemma", "gemma3", "gemma4_text", "mixtral",
-         "bart", "xlnet")  # fmt: skip
+# attention, without a gain, recurrences, a wrapper around a text model, Gemma 4's projection beside the FFN, a mixture,
+# an FFN output that is added to in place.
+KINDS = ("llama", "gpt2", "gemma2", "cohere", "gptj", "falcon", "olmo", "recurrent_gemma", "gemma3", "gemma4_text",
+         "mixtral", "bart", "xlnet")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
