@@ -1,6 +1,6 @@
-"""The figures of a folder of results in one table, as the README shows them: the repairs made alone, tasks together.
+"""The figures of a folder of results in one table, as the README shows them: the repairs made alone.
 
-    python benchmarks/table.py benchmarks/results/real
+    python benchmarks/table.py benchmarks/results/real conala   # one task; without, all tasks together
 
 KL is the mean over the kinds of text named KINDS and over failures; other wordings are the share of target tokens
 preferred after the repair, a mean over failures that have such a wording; times are medians.
@@ -19,8 +19,9 @@ WORDINGS = ("paraphrases", "context", "case")
 HEADS = ("model", "method", "repaired", "forward equivalents", "KL", "worst kind", *WORDINGS, "patch, MB")
 
 
-def main(folder: str) -> None:
-    done = [result for result in read_results(folder) if result.study == "alone" and result.rows]
+def main(folder: str, task: str = "") -> None:
+    found = (result for result in read_results(folder) if task in ("", result.data))
+    done = [result for result in found if result.study == "alone" and result.rows]
     groups: dict[tuple[str, str], list[Row]] = {}
     for result in sorted(done, key=lambda one: one.order):
         groups.setdefault((result.model, result.method), []).extend(result.rows)
@@ -50,4 +51,4 @@ def _values(rows: Sequence[Row], key: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
