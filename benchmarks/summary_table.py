@@ -1,6 +1,6 @@
 """The figures of a folder of results in one table, as the README shows them: the repairs made alone.
 
-    python benchmarks/table.py benchmarks/results/real conala   # one task; without, all tasks together
+    python benchmarks/summary_table.py benchmarks/results/real conala   # one task; without, all tasks together
 
 KL is the mean over the kinds of text named KINDS and over failures; other wordings are the share of target tokens
 preferred after the repair, a mean over failures that have such a wording; times are medians.
