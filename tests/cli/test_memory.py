@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from lmrepair import MinKl, ModelError, Star
 from lmrepair.cli.faults import fitting, free, load_advice, solve_advice, verdict
 from lmrepair.patch import save_model
 
-LITTLE = 300 << 20
+LITTLE = 200 << 20
 # The command line in a process that may take so much more memory than it has once the model is loaded.
 SCRIPT = """
 import resource, sys
@@ -37,7 +38,9 @@ def limited(folder: Path, room: int, *arguments: str) -> tuple[int, str]:
     """Status and standard error of ``lmrepair repair`` with ``room`` bytes."""
     given = ["repair", "rows.jsonl", "--method", "minkl", "--own-texts", "2", "--max-kl", "inf", "--epochs", "1"]
     command = [sys.executable, "-c", SCRIPT, str(room), *given, *arguments]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # The limit is on addresses, of which glibc reserves 64 MB for every thread that asks for memory.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
     return run.returncode, run.stderr
 
 
