@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrepair.cli.faults import fitting, free_for, solve_advice
+from lmrepair.cli.faults import fitting, solve_advice
 from lmrepair.cli.options import (
     Failures,
     GateOptions,
@@ -35,7 +35,7 @@ from lmrepair.cli.output import (
 )
 from lmrepair.cli.starting import decoder_of, start, texts_of
 from lmrepair.failures import STANDARD_INPUT
-from lmrepair.measure import visible
+from lmrepair.measure import free_for, visible
 from lmrepair.methods import DEFAULT
 
 _WORDINGS = "Other wordings, solved together with the failures"

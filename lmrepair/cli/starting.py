@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmrepair.cli.faults import fitting, free, load_advice
+from lmrepair.cli.faults import fitting, load_advice
 from lmrepair.cli.options import LoadOptions, RowOptions
 from lmrepair.cli.output import say
-from lmrepair.measure import visible
+from lmrepair.measure import free, visible
 
 if TYPE_CHECKING:
     from lmrepair.failures import Failure

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
         scores as scores,
         teacher_texts as teacher_texts,
     )
-    from lmrepair.measure.doctor import Examination as Examination, Trap as Trap, examine as examine
+    from lmrepair.measure.doctor import (
+        Examination as Examination,
+        Trap as Trap,
+        examine as examine,
+        free as free,
+        free_for as free_for,
+    )
     from lmrepair.measure.drift import (
         Drift as Drift,
         Edit as Edit,

@@ -14,7 +14,8 @@ from command import ROWS, write
 from oracle_models import FAILURES
 
 from lmrepair import MinKl, ModelError, Star
-from lmrepair.cli.faults import fitting, free, load_advice, solve_advice, verdict
+from lmrepair.cli.faults import fitting, load_advice, solve_advice, verdict
+from lmrepair.measure import free
 from lmrepair.patch import save_model
 
 LITTLE = 200 << 20

@@ -9,8 +9,6 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.cli.faults.memory import (
         fitting as fitting,
-        free as free,
-        free_for as free_for,
         load_advice as load_advice,
         solve_advice as solve_advice,
     )

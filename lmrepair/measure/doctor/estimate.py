@@ -5,7 +5,6 @@ The formulas are in docs/doctor.md. What is estimated are orders of magnitude, t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,18 +51,6 @@ class Need:
     seconds: float
     bytes: int
     fits: bool
-
-
-def free_bytes(net: Net) -> int:
-    """Memory that could still be had where the model is."""
-    if net.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(net.device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def speed(net: Net, texts: int) -> Speed:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
 from lmrepair.failures import Tokens
 from lmrepair.measure.doctor.engines import Served, served
-from lmrepair.measure.doctor.estimate import Need, Speed, free_bytes, needs, speed
+from lmrepair.measure.doctor.estimate import Need, Speed, needs, speed
+from lmrepair.measure.doctor.memory import free_for
 from lmrepair.measure.doctor.tokenizer import Trap, traps, turn_end
 from lmrepair.model import TEXTS, Head, Net, weight
 
@@ -75,7 +77,9 @@ def examine(net: Net) -> Examination:
     for parameter in net.model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
         weights[name] = weights.get(name, 0) + parameter.numel() * parameter.element_size()
-    free, measured = free_bytes(net), speed(net, TEXTS)
+    free, measured = free_for(net), speed(net, TEXTS)
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return Examination(
         model=net.name,
         kind=type(net.model).__name__,
