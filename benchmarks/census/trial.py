@@ -24,7 +24,6 @@ WANTED, RANK = 2, 1  # tokens of the target, each one that the model has in seco
 TEXTS = Reference("ascii", ("for row in rows:\n    print(row)\n", "The garden is open from nine to five every day.\n"))
 OWN_TEXTS = 8  # that the model writes for minkl's statistics
 STEP = 3e-3  # of the loss, that a move of a layer's neurons is to make
-FAR = 0.05  # share by which a predicted move of the loss may be off
 MINKL = MinKl(max_probe_kl=float("inf"))  # random models say little that a step would not change
 
 

@@ -263,8 +263,8 @@ class Solver:
             f"stopped at step {self.steps}, which was undone: it destroys the model ({reason}); "
             "try smaller steps, or allow more (max_probe_kl)"
         )
-        self.deltas, self.preferred, self.converged = safe, None, False
-        self.trial.write(safe)
+        self._move(safe)
+        self.preferred, self.converged = None, False
 
 
 def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:

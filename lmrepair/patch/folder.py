@@ -37,9 +37,10 @@ def save_model(net: Net, output: Path) -> None:
             net.model.save_pretrained(temporary)
             net.tokenizer.save_pretrained(temporary)
         _check(net, temporary)
+        mask = umask()
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~umask())
+                file.chmod(0o666 & ~mask)
                 flush(file)
         place_folder(temporary, output)
 

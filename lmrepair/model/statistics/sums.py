@@ -66,8 +66,8 @@ class Sums:
     def of(net: Net, tokens: Sequence[Tokens], asked: Asked, seed: int) -> Sums:
         """Nothing read yet."""
         count = sum(len(item.ids) - 1 for item in tokens)
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
-        kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
+        sampled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: asked.samples]
+        kept = torch.zeros(count, dtype=torch.bool).index_fill_(0, sampled, True)
         inputs = {
             layer: Sum(kind_for(asked.inputs, place.widths), place.widths)
             for layer, place in enumerate(net.anatomy.ffns)
