@@ -30,8 +30,9 @@ class Measured:
 class Untouched:
     """What the net says of texts without any edit: the states [n, d] that its head reads, kept as they are read.
 
-    ``texts``: which of the references each text is of, and its tokens. ``kept``: by stage, batches with which
-    texts they hold, and the states; the gate and the record share them. ``full``: one stage, all of the texts.
+    ``texts``: which of the references each text is of, and its tokens. ``kept``: by stage and kinds, batches with
+    the kind of each position, and the states; the gate and the record share them. ``full``: one stage, all of the
+    texts.
     """
 
     net: Net
@@ -39,7 +40,9 @@ class Untouched:
     texts: tuple[tuple[int, Tokens], ...]
     head: Head
     full: bool = False
-    kept: dict[int, list[tuple[Batch, Tensor, Tensor]]] = field(default_factory=dict, compare=False)
+    kept: dict[tuple[int, tuple[int, ...]], list[tuple[Batch, Tensor, Tensor]]] = field(
+        default_factory=dict, compare=False
+    )
 
     @staticmethod
     def of(net: Net, references: Sequence[Reference], full: bool = False) -> Untouched:
@@ -58,28 +61,40 @@ class Untouched:
     def measure(self, edit: Edit, limit: float = math.inf) -> Measured:
         """Read on until no kind's KL can be on the other side of ``limit``; without a limit the first stage is all.
 
-        The net has to be as it was when these texts were read first.
+        Only kinds that are open are read on. The net has to be as it was when these texts were read first.
         """
         parts: list[list[Tensor]] = [[] for _ in self.references]
+        left = tuple(range(len(self.references)))
         for stage in range(1 if self.full else len(STAGES)):
             with settled(self.net.model), torch.inference_mode():
-                for batch, seen, kinds in self._stage(stage):
+                for batch, seen, kinds in self._stage(stage, left):
                     (table,) = compare(self.head, batch, seen, [edit])
                     for kind in kinds.unique().tolist():
                         parts[kind].append(table[kinds == kind])
             tables = [torch.cat(part) if part else torch.empty(0, 4) for part in parts]
-            if limit == math.inf or decided([table[:, 0] for table in tables], limit):
+            kls, whole = [table[:, 0] for table in tables], self._positions(WINDOW)
+            left = () if limit == math.inf else undecided(kls, whole, limit)
+            if not left:
                 break
         names = [reference.name for reference in self.references]
         drifts = {name: Drift.of(table) for name, table in zip(names, tables, strict=True)}
-        return Measured(worst_first(drifts), Drift.of(torch.cat(tables)))
+        counts = self._positions(WINDOW if self.full else STAGES[stage])
+        return Measured(worst_first(drifts), Drift.of(torch.cat(tables), _shares(tables, counts)))
 
-    def _stage(self, stage: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        if stage in self.kept:
-            yield from self.kept[stage]
+    def _positions(self, last: int) -> list[int]:
+        """How many positions each kind of text has within the first ``last`` tokens of its texts."""
+        found = [0] * len(self.references)
+        for kind, item in self.texts:
+            found[kind] += max(0, min(len(item.ids), last) - 1)
+        return found
+
+    def _stage(self, stage: int, wanted: tuple[int, ...]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        if (stage, wanted) in self.kept:
+            yield from self.kept[stage, wanted]
             return
         first, last = (0, WINDOW) if self.full else ((0, *STAGES)[stage], STAGES[stage])
-        chosen = [(kind, piece) for kind, item in self.texts if (piece := _piece(item, max(first, 1), last))]
+        texts = [(kind, item) for kind, item in self.texts if kind in wanted]
+        chosen = [(kind, piece) for kind, item in texts if (piece := _piece(item, max(first, 1), last))]
         kinds = torch.tensor([kind for kind, _ in chosen])
         _, batches = text_batches(self.net, [piece for _, piece in chosen], self.head) if chosen else (None, [])
         read, at = [], 0
@@ -90,7 +105,16 @@ class Untouched:
             if not self.head.whole:
                 read.append(item)
         if not self.head.whole:
-            self.kept[stage] = read
+            self.kept[stage, wanted] = read
+
+
+def _shares(tables: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
+    """What each position counts for where kinds stand for ``counts`` positions; None where these are the ones read."""
+    if all(len(table) == count for table, count in zip(tables, counts, strict=True)):
+        return None
+    each = [count / max(1, len(table)) for table, count in zip(tables, counts, strict=True)]
+    sizes = torch.tensor([len(table) for table in tables])
+    return torch.tensor(each, dtype=torch.float64).repeat_interleave(sizes)
 
 
 def read_fully(drift: str) -> bool:
@@ -100,24 +124,30 @@ def read_fully(drift: str) -> bool:
     return drift == "full"
 
 
-def decided(kls: Sequence[Tensor], limit: float) -> bool:
-    """Whether all kinds are known to be within the limit, or one to be beyond it (or no number)."""
+def undecided(kls: Sequence[Tensor], whole: Sequence[int], limit: float) -> tuple[int, ...]:
+    """Which kinds may be on either side of the limit; none where one is known to be beyond it (or is no number).
+
+    ``kls``: of each kind, those read so far; ``whole``: how many positions it has.
+    """
     largest = max((float(kl.max()) for kl in kls if len(kl)), default=0.0)
-    found = [bounds(kl, largest) for kl in kls]
-    return all(high <= limit for _, high in found) or any(not low <= limit for low, _ in found)
+    found = [bounds(kl, largest, 1 - len(kl) / max(1, count)) for kl, count in zip(kls, whole, strict=True)]
+    if any(not low <= limit for low, _ in found):
+        return ()
+    return tuple(kind for kind, (_, high) in enumerate(found) if not high <= limit)
 
 
-def bounds(kl: Tensor, largest: float) -> tuple[float, float]:
+def bounds(kl: Tensor, largest: float, unread: float = 1.0) -> tuple[float, float]:
     """Between what the mean KL over a kind of text is taken to lie, from its values [n] at some positions.
 
-    mean ± (ERRORS·s/√n + LARGEST·largest/n): a normal bound, and room for four positions yet unseen that are as
-    large as the ``largest`` of all kinds. NaN where the mean is; no bound where nothing was read.
+    mean ± (ERRORS·s·√u/√n + LARGEST·u·largest/n), u the share of its positions that is ``unread``: a normal bound,
+    and room for four positions in n yet unseen that are as large as the ``largest`` of all kinds. NaN where the
+    mean is; no bound where nothing was read.
     """
     if not len(kl):
         return 0.0, math.inf
     mean = float(kl.mean())
     spread = float(kl.std(correction=1)) if len(kl) > 1 else mean
-    off = ERRORS * spread / math.sqrt(len(kl)) + LARGEST * largest / len(kl)
+    off = ERRORS * spread * math.sqrt(unread / len(kl)) + LARGEST * unread * largest / len(kl)
     return mean - off, mean + off
 
 

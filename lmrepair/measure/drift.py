@@ -38,9 +38,13 @@ class Drift:
     perplexity_after: float = math.nan
 
     @staticmethod
-    def of(table: Tensor) -> Drift:
-        """From [n, 4], position by position: KL, whether it agrees, cross-entropy before and after."""
-        kl, same, before, after = table.mean(dim=0).tolist()
+    def of(table: Tensor, shares: Tensor | None = None) -> Drift:
+        """From [n, 4], position by position: KL, whether it agrees, cross-entropy before and after.
+
+        ``shares`` [n]: what each position counts for (default: all the same).
+        """
+        means = table.mean(dim=0) if shares is None else shares @ table / shares.sum()
+        kl, same, before, after = means.tolist()
         return Drift(kl, same, len(table), perplexity(before), perplexity(after))
 
 

@@ -12,7 +12,7 @@ from oracle_models import bold_star
 from lmrepair import Gate, Net, Reference, Star, UsageError, repair
 from lmrepair.loop import untouched as module
 from lmrepair.loop.judge import Scaled
-from lmrepair.loop.untouched import Untouched, bounds, decided
+from lmrepair.loop.untouched import Untouched, bounds, undecided
 from lmrepair.measure.drift import measure_drift
 from lmrepair.model.edit import Change
 
@@ -73,10 +73,41 @@ def test_far_from_the_bound_few_positions_are_read_and_the_net_once(monkeypatch:
 
 def test_what_is_no_number_is_decided() -> None:
     good, bad = torch.full((9,), 1e-5), torch.tensor([0.1, math.nan])
-    assert decided([good, good], 0.1)
-    assert decided([good, bad], 0.1)
-    assert not decided([good, torch.empty(0)], 0.1)
+    assert undecided([good, good], [90, 90], 0.1) == ()
+    assert undecided([good, bad], [90, 90], 0.1) == ()
+    assert undecided([good, torch.empty(0)], [90, 90], 0.1) == (1,)
     assert all(math.isnan(end) for end in bounds(bad, 1.0))
+
+
+def test_what_is_read_whole_is_decided() -> None:
+    """Of a kind without unread positions the mean is known; the more is unread, the wider the bound."""
+    values = torch.tensor([0.0, 0.0, 0.3, 0.06], dtype=torch.float64)
+    assert undecided([values], [4], 0.1) == ()
+    assert undecided([values], [5], 0.1) == (0,)
+    mean, spread = 0.09, math.sqrt(sum((value - 0.09) ** 2 for value in values.tolist()) / 3)
+    low, high = bounds(values, 0.5, 0.25)
+    off = 4 * spread * math.sqrt(0.25 / 4) + 4 * 0.25 * 0.5 / 4
+    assert (low, high) == (pytest.approx(mean - off), pytest.approx(mean + off))
+
+
+def test_only_kinds_that_are_open_are_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over all counts each kind as if it had been read as far as the one read furthest."""
+    monkeypatch.setattr(module, "STAGES", (5, 9, 256))
+    net = oracle_models.net()
+    change = edit(net)
+    long = Reference("long", tuple(f"for i in range({n}):\n    print(i)\n" for n in range(9)))
+    near = measure_drift(net, [change], long)[0].kl
+    monkeypatch.setattr(module, "LARGEST", 0.0)
+    monkeypatch.setattr(module, "ERRORS", 0.0)
+    monkeypatch.setattr(module, "undecided", lambda kls, whole, limit: (1,) if len(kls[1]) < whole[1] else ())
+    read = Untouched.of(net, [long, MORE])
+    found = read.measure(change, near)
+    assert (found.kinds["long"].tokens, found.kinds["fox"].tokens) == (36, measure_drift(net, [change], MORE)[0].tokens)
+    counts = [sum(len(item.target) for kind, item in read.texts if kind == one) for one in (0, 1)]
+    kls = [found.kinds[name].kl for name in ("long", "fox")]
+    mean = sum(count * kl for count, kl in zip(counts, kls, strict=True)) / sum(counts)
+    assert found.drift.kl == pytest.approx(mean, rel=1e-6)
+    assert found.drift.tokens == found.kinds["long"].tokens + found.kinds["fox"].tokens
 
 
 HEAVY = {
@@ -102,7 +133,7 @@ def test_the_bound_errs_rarely_on_heavy_tails(name: str, positions: int) -> None
         largest = float(table.max())
         ends = [bounds(kind, largest) for kind in table]
         wrong += all(high <= 1 / 1.2 for _, high in ends) or any(low > 1.2 for low, _ in ends)
-        at_once += decided(list(table), 100.0)
+        at_once += undecided(list(table), [10**9] * 13, 100.0) == ()
     assert wrong <= 3
     assert at_once >= 285
 
