@@ -270,25 +270,37 @@ class Net:
                 made[index] = tuple(row[: len(tokens[index].target)])
         return [made[index] for index in range(len(tokens))]
 
-    def sample(self, count: int, length: int, seed: int = 0) -> list[Tokens]:
+    def sample(self, count: int, length: int, seed: int = 0, begun: Sequence[Sequence[int]] = ()) -> list[Tokens]:
         """Texts of ``length`` tokens that the model writes by itself, sampled from its own distribution.
 
-        They start from the token that texts of this model start with, and do not stop at ends of text. Raises
-        ModelError for a model whose logits are no finite numbers.
+        They start from the token that texts of this model start with, the second half of them with what is
+        ``begun``, in turn (token ids, all of one length, the first of which is not counted). They do not stop at
+        ends of text. Raises ModelError for a model whose logits are no finite numbers.
         """
         first = self._embedded(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        starts = torch.full((count, 1), first, device=self.device)
+        others = [list(begun[at % len(begun)]) for at in range(count // 2 if begun else 0)]
+        starts = torch.full((count - len(others), 1), first, device=self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.inference_mode():
+            self.logits(self._batch([Tokens("start", (first,), (first,))]))
+        written = 0
+        if others:
+            written = len(others[0]) - 1
+            starts = torch.cat([self._drawn(starts, written, generator), torch.tensor(others, device=self.device)])
+        rows = self._drawn(starts, length - written, generator).tolist()
+        return [Tokens(str(at), (row[0],), tuple(row[1:])) for at, row in enumerate(rows)]
+
+    def _drawn(self, starts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+        """Token ids [n, T + length] that go on from ``starts`` [n, T], drawn one by one."""
 
         def only_drawn(_: Tensor, logits: Tensor) -> Tensor:
             return torch.full_like(logits, -torch.inf).scatter_(1, drawn(logits, generator)[:, None], 0.0)
 
         with torch.inference_mode(), _decoding(self, length, True):
-            self.logits(self._batch([Tokens("start", (first,), (first,))]))
-            output = self.model.generate(
+            made: Tensor = self.model.generate(
                 input_ids=starts, attention_mask=torch.ones_like(starts), logits_processor=[only_drawn]
             )
-        return [Tokens(str(at), (first,), tuple(row[1:])) for at, row in enumerate(output.tolist())]
+        return made
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from lmrepair import ModelError, Net, Reference
 from lmrepair.errors import UsageError
 from lmrepair.failures.tokens import Tokens
 from lmrepair.model.moments import Asked, Moment, Statistics
-from lmrepair.model.statistics import cache as module, cache_folder, gather, statistics_of, sums, windows
+from lmrepair.model.statistics import beginnings, cache as module, cache_folder, gather, statistics_of, sums, windows
 from lmrepair.model.statistics.packing import pack, unpack
 
 FULL = Asked("full", "full", 64, 0.01)
@@ -298,6 +298,43 @@ def test_sampled_text_follows_the_seed_and_touches_nothing(kind: str) -> None:
     assert not before.changed(net)
 
 
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_half_of_the_text_goes_on_from_what_is_begun(kind: str) -> None:
+    net = oracle_models.net(kind)
+    begun = beginnings(net, 20)
+    assert len({len(row) for row in begun}) == 1
+    assert 1 < len(begun[0]) <= 8
+    made, again = (net.sample(5, 20, begun=begun) for _ in range(2))
+    assert made == again
+    assert {len(item.target) for item in made} == {20}
+    rows = [(*item.prompt, *item.target) for item in made]
+    width = len(begun[0])
+    assert [row[:width] for row in rows[3:]] == begun[:2]
+    assert {row[0] for row in rows[:3]} == {net.tokenizer.bos_token_id}
+    assert len({row[:width] for row in rows[:3]}) == 3
+    assert len({row[width:] for row in rows}) == 5
+
+
+def test_what_goes_on_from_a_beginning_is_drawn_from_the_models_own_distribution() -> None:
+    net, count = small("llama"), 6000
+    begun = (2, 0, 3)
+    made = net.sample(count, 3, begun=[begun])[count // 2 :]
+    chances = oracle.logits(net.model, begun)[-1].softmax(0)
+    last = torch.bincount(torch.tensor([item.target[-1] for item in made]), minlength=WORDS).double() / len(made)
+    assert bool(((last - chances).abs() < 5 * (chances * (1 - chances) / len(made)).sqrt()).all())
+
+
+def test_beginnings_that_a_model_cannot_take_are_left_out() -> None:
+    net = oracle_models.net()
+    whole = beginnings(net, 200)
+    assert beginnings(net, 3) == []
+    assert {len(row) for row in beginnings(net, 6)} == {3}
+    table = net.model.get_input_embeddings()
+    most = max(max(row) for row in whole)
+    table.weight = torch.nn.Parameter(table.weight[:most].clone())
+    assert [row for row in whole if most not in row] == beginnings(net, 200) != whole
+
+
 def test_sampled_text_ignores_the_models_own_settings() -> None:
     net = oracle_models.net()
     plain = net.sample(6, 20)
@@ -382,14 +419,18 @@ def test_what_is_kept_is_what_was_gathered(gathered: list[str], tmp_path: Path) 
 def test_the_text_is_the_models_own_and_the_reference(gathered: list[str], tmp_path: Path) -> None:
     net = oracle_models.net()
     alone, more = statistics_of(net, FULL, cache=tmp_path), statistics_of(net, FULL, REFERENCE, cache=tmp_path)
-    own = net.sample(3, 16)
+    begun = beginnings(net, 16)
+    own = net.sample(3, 16, begun=begun)
+    assert len(begun) > 1
     assert alone.tokens == 3 * 16
     assert more.tokens == 3 * 16 + sum(len(item.target) for item in windows(net, REFERENCE.texts))
     assert "mine" in more.name
     assert same(alone, gather(net, own, FULL, alone.name), packed)
     assert same(more, gather(net, [*own, *windows(net, REFERENCE.texts)], FULL, more.name), packed)
     fewer = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=1)
-    assert same(fewer, gather(net, [*net.sample(1, 16), *windows(net, REFERENCE.texts)], FULL, fewer.name), packed)
+    assert same(
+        fewer, gather(net, [*net.sample(1, 16, begun=begun), *windows(net, REFERENCE.texts)], FULL, fewer.name), packed
+    )
     given = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=0)
     assert given.name == "mine"
     assert same(given, gather(net, windows(net, REFERENCE.texts), FULL, "mine"), packed)
@@ -545,7 +586,7 @@ def test_a_model_without_finite_logits_is_refused() -> None:
     net = oracle_models.net()
     tokens = net.tokenize(oracle_models.FAILURES)
     net.columns(1)[3] = float("nan")
-    with pytest.raises(ModelError, match="no finite numbers in float32; the checkpoint or the patch is damaged"):
+    with pytest.raises(ModelError, match="first to write NaN or infinity is model.layers.1.mlp.* or the patch is damaged"):
         net.sample(2, 4)
     with pytest.raises(ModelError, match="no finite numbers"):
         gather(net, tokens, Asked("full", "full", 8, 0.01), "own")

@@ -15,6 +15,6 @@ if TYPE_CHECKING:
         statistics_of as statistics_of,
     )
     from lmrepair.model.statistics.sums import gather as gather
-    from lmrepair.model.statistics.texts import WINDOW as WINDOW, windows as windows
+    from lmrepair.model.statistics.texts import WINDOW as WINDOW, beginnings as beginnings, windows as windows
 
 __getattr__, __dir__ = door(__name__)

@@ -26,7 +26,7 @@ from lmrepair.model.net import Net, settled
 from lmrepair.model.progress import Progress, quiet
 from lmrepair.model.statistics.packing import pack, shapes, size, unpack
 from lmrepair.model.statistics.sums import Sums, kind_for
-from lmrepair.model.statistics.texts import windows
+from lmrepair.model.statistics.texts import beginnings, windows
 
 log = logging.getLogger("lmrepair")
 
@@ -91,7 +91,8 @@ def statistics_of(
     model = fingerprint(net, {})
     read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
     wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
-              "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__}  # fmt: skip
+              "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__,
+              "begun": beginnings(net, length) if count else []}  # fmt: skip
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
     found = _kept(file, net, kinds)
@@ -145,7 +146,7 @@ def _gathered(
 
 def _written(net: Net, count: int, length: int, seed: int) -> list[Tokens]:
     with settled(net.model):
-        return net.sample(count, length, seed)
+        return net.sample(count, length, seed, beginnings(net, length))
 
 
 def _texts(ids: Tensor | None, count: int, length: int) -> list[Tokens]:

@@ -9,6 +9,32 @@ from lmrepair.failures import Tokens
 from lmrepair.model.net import Net
 
 WINDOW = 256  # tokens read of one reference text
+BEGUN = 8  # tokens at most that are given of a text's beginning
+BEGINNINGS = (
+    "import os\n\n\ndef ",
+    "# Read a file and print its lines\n",
+    "class Node:\n    def ",
+    "#!/bin/bash\n\n# Remove old files\n",
+    "SELECT name FROM people WHERE ",
+    "function main(args) {\n  ",
+    "<html>\n<head>\n  <title>",
+    "package main\n\nimport ",
+    "; move the value into eax\nmov eax, ",
+    "#include <stdio.h>\n\nint main(",
+    "name: build\non:\n  push:\n",
+    "# How to install\n\n1. ",
+)
+
+
+def beginnings(net: Net, length: int) -> list[tuple[int, ...]]:
+    """First tokens of texts of several kinds, all as many, at most half of ``length``; none where that is too few.
+
+    From nothing, a model writes mostly prose: what it has to say of code would not be known.
+    """
+    rows = [tuple(net.tokenizer(text, verbose=False)["input_ids"]) for text in BEGINNINGS]
+    width = min(BEGUN, length // 2, *(len(row) for row in rows))
+    known = len(net.model.get_input_embeddings().weight)
+    return [row[:width] for row in rows if max(row[:width]) < known] if width > 1 else []
 
 
 def windows(net: Net, texts: Sequence[str]) -> list[Tokens]:
