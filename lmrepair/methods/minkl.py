@@ -6,7 +6,6 @@ Kronecker-factored Fisher of arXiv 1503.05671.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 WIDEN = 6  # steps after which directions that have not been enough get others beside them
-LACKING = 0.1  # share of the largest rise that a range of layers may leave missing in the linearised margins
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
 
 
@@ -50,9 +48,6 @@ class MinKl(Targeted):
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
     rank: int = setting(16, "most rank a layer of the change, for each failure; 0: no limit")
     neurons: int = setting(0, "most neurons a layer to write to, those that move most; 0: no limit")
-    ranges: int = setting(
-        2, "ranges of layers to choose from by what a first step costs: from all to the last", positive=True
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +58,7 @@ class MinKl(Targeted):
     def asks(self) -> Asked:
         from lmrepair.model import Asked
 
-        return Asked(self.inputs, self.outputs, self.samples, self.damping)
+        return Asked(self.inputs, self.outputs, self.samples, self.damping, weighted=True)
 
     def read(
         self,
@@ -110,13 +105,6 @@ class MinKl(Targeted):
         return 12 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
 
     def solve(self, problem: Problem) -> Step:
-        step = self._step(problem)
-        promised: float = step.memory.others
-        if problem.step != 1 or problem.probe is None or math.isinf(promised):
-            return step
-        return step if problem.probe(step.deltas) <= promised else Step(problem.deltas, self._start(problem))
-
-    def _step(self, problem: Problem) -> Step:
         state: Linearised = problem.memory if problem.step else self._start(problem)
         reading: Margins = problem.reading  # type: ignore[assignment]
         start = _agreed(reading)
@@ -124,11 +112,6 @@ class MinKl(Targeted):
             return self._last_layer(problem, state, reading.tail, start)
         if reading.factors:
             state = state.linearised(reading.factors)
-        if not problem.step:
-            cheapest = self._cheapest(problem, state, reading.factors)
-            if len(cheapest.layers) == 1 < len(state.layers):  # read once more, as where it is all that may change
-                return Step(problem.deltas, replace(cheapest, items=()))
-            state = cheapest
         keep = KEEP if 0 < state.steps <= KEPT and reading.factors and len(state.items) > 1 else 1.0
         weights = _weights(problem, state, keep)
         if not state.spans:
@@ -150,25 +133,6 @@ class MinKl(Targeted):
 
     def _aimed(self, problem: Problem, state: Linearised) -> Linearised:
         return state.aimed(problem.reading.preference.gap, self.margin, self._asked)
-
-    def _cheapest(self, problem: Problem, state: Linearised, factors: Sequence[Factors]) -> Linearised:
-        """In the range of layers whose first step, written, moves the drift probe least.
-
-        The expected cost adds up layer by layer: it does not see that layers may push the same way.
-        """
-        counts = _counts(len(state.layers), self.ranges)
-        if len(counts) == 1 or self.neurons or problem.probe is None:
-            return state
-        tried: list[tuple[float, Linearised]] = []
-        for count in counts:
-            part = state.within(state.layers[-count:], factors) if count < len(state.layers) else state
-            weights, rise = _weights(problem, part, 1.0), part.rise(problem.reading.preference.gap)
-            lacks = float((rise - part.system @ weights.double()).max())
-            if part is state or lacks <= LACKING * float(rise.max()):
-                _, deltas = _moved(problem, part, part.changes(weights), 1.0)
-                tried.append((problem.probe(deltas), part))
-        (_, best), *others = sorted(tried, key=lambda one: one[0])
-        return replace(best, others=others[0][0]) if others and best is not state else best
 
     def _chosen(
         self, problem: Problem, state: Linearised, factors: Sequence[Factors], weights: Tensor
@@ -267,13 +231,7 @@ def _moved(
 def _after(state: Linearised) -> Linearised:
     """The state one step on; now and then what is open to it widens."""
     state = replace(state, steps=state.steps + 1)
-    return state if state.steps % WIDEN else state.widened()
-
-
-def _counts(layers: int, ranges: int) -> list[int]:
-    """How many of the upper layers each range holds: from all of them to one, in equal ratios."""
-    steps = max(1, ranges - 1)
-    return list(dict.fromkeys(round(layers ** (1 - step / steps)) for step in range(ranges)))
+    return state if state.steps % WIDEN else state.released()
 
 
 def _agreed(reading: Margins) -> _Leaning | None:

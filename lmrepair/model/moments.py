@@ -182,13 +182,17 @@ class Asked:
 
     ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
     "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
-    ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal.
+    ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal. ``weighted``:
+    each position counts in one moment by the square of its vector in the other, so that C ⊗ F is near E[zzᵀ ⊗ δδᵀ]
+    where the two depend on each other: at a text's first position, on which attention rests, coefficients are
+    small and gradients large.
     """
 
     inputs: str
     outputs: str
     samples: int
     damping: float
+    weighted: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -615,48 +614,3 @@ def test_the_last_layer_is_solved_without_running_the_model(
     assert fast.patch is not None
     assert set(fast.patch.changes) == {LAYERS - 1}
     assert not neurons or fast.patch.neurons <= neurons
-
-
-# --- which layers ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", oracle_models.KINDS)
-def test_of_two_ranges_of_layers_the_one_that_moves_the_probe_less_is_taken(kind: str) -> None:
-    """Against both ranges, each solved by itself; where the last layer is taken, it is solved in its own way."""
-    method = MinKl(margin=0.5, rank=0, max_probe_kl=float("inf"))
-    found = {}
-    for name, one in {
-        "all": replace(method, ranges=1),
-        "last": replace(method, layers="last"),
-        "chosen": method,
-    }.items():
-        net = oracle_models.net(kind)
-        (made,) = repair_each(net, FAILURES[:1], one)
-        assert made.repaired
-        assert made.patch is not None
-        found[name] = {layer: change.deltas for layer, change in made.patch.changes.items()}
-    other = "last" if len(found["chosen"]) == 1 else "all"
-    assert found["chosen"].keys() == found[other].keys()
-    assert all(torch.equal(found["chosen"][layer], deltas) for layer, deltas in found[other].items())
-
-
-def test_a_range_that_costs_more_than_it_promised_is_given_up() -> None:
-    """The last layer of this model is the cheaper one for one step, and not for all that are needed."""
-    net = oracle_models.net("gpt2", dtype=torch.bfloat16)
-    costs = {}
-    for ranges in (1, 2):
-        result = repair(net, FAILURES[:2], MinKl(epochs=60, ranges=ranges), TEXT)
-        assert result.patch is not None
-        costs[ranges] = {layer: change.deltas for layer, change in result.patch.changes.items()}, result.cost.steps
-        result.patch.revert(net)
-    assert costs[2][1] == costs[1][1] + 2  # the choice, and the step that was taken back
-    assert all(torch.equal(costs[1][0][layer], deltas) for layer, deltas in costs[2][0].items())
-
-
-def test_ranges_go_from_all_layers_to_the_last_in_equal_ratios() -> None:
-    from lmrepair.methods.minkl import _counts
-
-    assert [_counts(16, ranges) for ranges in (1, 2, 3, 5)] == [[16], [16, 1], [16, 4, 1], [16, 8, 4, 2, 1]]
-    assert _counts(1, 4) == [1]
-    with pytest.raises(UsageError, match="ranges is 0"):
-        MinKl(ranges=0)

@@ -179,6 +179,47 @@ def test_a_sample_of_every_position_is_the_full_moment() -> None:
             assert largest(other[layer].apply(eye) - wanted) < 1e-4 * largest(wanted)
 
 
+@pytest.mark.parametrize("kind", ["full", "sampled", "diagonal"])
+def test_weighted_positions_count_by_the_other_vector(kind: str) -> None:
+    """C = Σ‖δ‖²zzᵀ / Σ‖δ‖², F in proportion to Σ‖z‖²δδᵀ, and tr C · tr F the mean of ‖z‖²‖δ‖²."""
+    net, tokens = oracle_models.net(), [text(range(20)), text(range(30, 44))]
+    rows = gather(net, tokens, Asked("sampled", "sampled", 10**6, 0.01), "test")
+    found = gather(net, tokens, Asked(kind, kind, 10**6, 0.01, weighted=True), "test")
+    for layer in range(LAYERS):
+        z, slopes = (part[layer].values.double() for part in (rows.inputs, rows.outputs))
+        sizes, steep = z.square().sum(dim=1), slopes.square().sum(dim=1)
+        inputs, outputs = (z.T * steep) @ z / steep.sum(), (slopes.T * sizes) @ slopes
+        outputs *= float((sizes * steep).mean() / inputs.trace() / outputs.trace())
+        for one, wanted in ((found.inputs[layer], inputs), (found.outputs[layer], outputs)):
+            got = one.values.double()
+            got = got.T @ got / len(got) if kind == "sampled" else got
+            wanted = wanted.diagonal() if kind == "diagonal" else wanted
+            assert largest(got - wanted) < 1e-5 * largest(wanted)
+
+
+def test_weighting_sees_a_position_that_little_reaches_and_much_depends_on() -> None:
+    """As attention's resting place is: without, the cost of a change there is a hundredth of what it is."""
+    rest, others = torch.zeros(4), torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    rest[0] = 0.01
+    z = torch.cat([rest.expand(4, 4), others * torch.tensor([0.0, 1, 1, 1])])
+    steep = torch.cat([torch.tensor([[1000.0, 0.0]]).expand(4, 2), others[:, 2:] @ torch.tensor([[0.0, 1], [0, 1]])])
+    delta = torch.tensor([[1.0, 0.0], [0, 0], [0, 0], [0, 0]])
+    true = float(((z @ delta) * steep).sum(dim=1).square().mean())
+
+    def cost(weighted: bool) -> float:
+        read = sums.Sums(None, [], {0: sums.Sum("full")}, {0: sums.Sum("full")}, None, None, None, weighted)  # type: ignore[arg-type]
+        pair = read._weighted(0, z, steep) if weighted else (z, steep)
+        kept = torch.zeros(len(z), dtype=torch.bool)
+        read.inputs[0].add(pair[0], kept)
+        read.outputs[0].add(pair[1], kept)
+        read.at = len(z)
+        found = read.statistics("test")
+        return 2 * found.cost({0: delta}, {0: torch.arange(4)})
+
+    assert cost(False) < true / 50
+    assert true / 20 < cost(True) < 2 * true
+
+
 def test_none_keeps_the_scale_and_prefers_no_direction() -> None:
     net = oracle_models.net()
     tokens = [text(range(20))]
@@ -586,7 +627,7 @@ def test_a_model_without_finite_logits_is_refused() -> None:
     net = oracle_models.net()
     tokens = net.tokenize(oracle_models.FAILURES)
     net.columns(1)[3] = float("nan")
-    with pytest.raises(ModelError, match="first to write NaN or infinity is model.layers.1.mlp.* or the patch is damaged"):
+    with pytest.raises(ModelError, match="first to write NaN or infinity is model.layers.1.mlp.*damaged"):
         net.sample(2, 4)
     with pytest.raises(ModelError, match="no finite numbers"):
         gather(net, tokens, Asked("full", "full", 8, 0.01), "own")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +56,6 @@ class Linearised:
     system: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     short: float = 0.0
     steps: int = 0
-    others: float = math.inf
 
     @staticmethod
     def of(metric: Metric, columns: Mapping[int, Tensor], places: Mapping[int, Tensor] | None = None) -> Linearised:
@@ -169,29 +167,6 @@ class Linearised:
     def near(self, layer: int, z: Tensor) -> Tensor:
         """The same times C⁻¹; in the spans C is the identity."""
         return z if self.spans else self.inputs[layer].apply(z)
-
-    def within(self, layers: Sequence[int], factors: Sequence[Factors]) -> Linearised:
-        """Written to some of its layers alone; ``factors``: its items as they were read."""
-        chosen = set(layers)
-        places = {layer: one for layer, one in self.places.items() if layer in chosen}
-        items = tuple(
-            replace(
-                item,
-                inputs={layer: z for layer, z in item.inputs.items() if layer in chosen},
-                slopes={layer: g for layer, g in item.slopes.items() if layer in chosen},
-            )
-            for item in self.items
-        )
-        part = replace(self, places=places, items=items)
-        return replace(part, system=gram([part.restrict(item) for item in factors], items))
-
-    def widened(self) -> Linearised:
-        """With the change so far left as it is, and open to all layers and directions again."""
-        found = self.released()
-        if len(found.places) == len(self.columns):
-            return found
-        every = Linearised.of(self.metric, self.columns)
-        return replace(every, aims=self.aims, floors=self.floors, short=self.short, steps=self.steps)
 
     def changes(self, weights: Tensor) -> dict[int, Tensor]:
         """Layer → the change [k, d] (with spans [r, d]) that weights [n] of the linearised margins stand for."""

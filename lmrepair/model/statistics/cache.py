@@ -92,7 +92,7 @@ def statistics_of(
     read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
     wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
               "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__,
-              "begun": beginnings(net, length) if count else []}  # fmt: skip
+              "weighted": asked.weighted, "begun": beginnings(net, length) if count else []}  # fmt: skip
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
     found = _kept(file, net, kinds)

@@ -49,7 +49,8 @@ def gather(
 class Sums:
     """The moments of some texts as far as they are read: ``done`` of the ``batches``, ``at`` of ``count`` positions.
 
-    ``kept`` [count]: which positions sampled moments keep.
+    ``kept`` [count]: which positions sampled moments keep. ``totals``: layer → Σ‖z‖², Σ‖δ‖², Σ‖z‖²‖δ‖², where
+    positions are ``weighted``; none where they all count alike.
     """
 
     net: Net
@@ -59,6 +60,8 @@ class Sums:
     head: Head
     kept: Tensor
     generator: torch.Generator
+    weighted: bool = False
+    totals: dict[int, Tensor] = field(default_factory=dict)
     done: int = 0
     at: int = 0
 
@@ -76,7 +79,7 @@ class Sums:
         generator = torch.Generator(net.device).manual_seed(seed)
         with settled(net.model):
             head = Head.of(net, net.batches(tokens[:1])[0])
-        return Sums(net, net.batches(tokens, READ_AT_ONCE), inputs, outputs, head, kept, generator)
+        return Sums(net, net.batches(tokens, READ_AT_ONCE), inputs, outputs, head, kept, generator, asked.weighted)
 
     def read(self) -> Iterator[tuple[int, int]]:
         """Read on, batch by batch; yields how many are read, of how many."""
@@ -95,8 +98,26 @@ class Sums:
         rows = self.kept[self.at : self.at + int(real.sum())].to(net.device)
         self.at += len(rows)
         for layer, slope in zip(layers, made, strict=True):
-            self.inputs[layer].add(watched.inputs[layer].detach().reshape(len(real), -1)[real], rows)
-            self.outputs[layer].add(slope.reshape(len(real), -1)[real], rows)
+            z = watched.inputs[layer].detach().reshape(len(real), -1)[real]
+            slopes = slope.reshape(len(real), -1)[real]
+            if self.weighted:
+                z, slopes = self._weighted(layer, z.float(), slopes.float())
+            self.inputs[layer].add(z, rows)
+            self.outputs[layer].add(slopes, rows)
+
+    def _weighted(self, layer: int, z: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """z ‖δ‖ and δ ‖z‖, position by position."""
+        sizes, steep = z.norm(dim=1, keepdim=True), slopes.norm(dim=1, keepdim=True)
+        squares = torch.cat([sizes, steep, sizes * steep], dim=1).double().square().sum(dim=0).cpu()
+        self.totals[layer] = self.totals[layer] + squares if layer in self.totals else squares
+        return z * steep, slopes * sizes
+
+    def _scales(self, layer: int) -> tuple[float, float]:
+        """What the two moments of a layer are multiplied by, so that tr C · tr F is the mean of ‖z‖²‖δ‖²."""
+        if layer not in self.totals:
+            return 1.0, 1.0
+        _, steep, both = self.totals[layer].tolist()
+        return (self.at / steep, steep / both) if both > 0 else (1.0, 1.0)
 
     def _slopes(self, seen: Tensor) -> Tensor:
         """The gradient of the loss of sampled tokens where the head reads, a block of positions at a time."""
@@ -114,8 +135,8 @@ class Sums:
         """What was read, each layer's moment put together when it is asked for."""
         count = self.at
         return Statistics(
-            OnDemand(self.inputs, lambda layer: self.inputs[layer].moment(count), keep=False),
-            OnDemand(self.outputs, lambda layer: self.outputs[layer].moment(count), keep=False),
+            OnDemand(self.inputs, lambda layer: self.inputs[layer].moment(count, self._scales(layer)[0]), keep=False),
+            OnDemand(self.outputs, lambda layer: self.outputs[layer].moment(count, self._scales(layer)[1]), keep=False),
             name,
             count,
         )
@@ -126,7 +147,7 @@ class Sums:
         for part, sums in (("inputs", self.inputs), ("outputs", self.outputs)):
             for layer, one in sums.items():
                 found |= {f"{part}.{layer}.{number}": piece for number, piece in enumerate(one.parts)}
-        return found
+        return found | {f"totals.{layer}": squares for layer, squares in self.totals.items()}
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on where the ``state`` of sums over the same texts stood."""
@@ -137,6 +158,7 @@ class Sums:
                 names = (f"{part}.{layer}.{number}" for number in range(len(state)))
                 device = "cpu" if one.kind == "sampled" else self.net.device
                 one.parts = [state[name].to(device, copy=True) for name in names if name in state]
+        self.totals = {layer: state[f"totals.{layer}"].clone() for layer in self.inputs if f"totals.{layer}" in state}
 
 
 def kind_for(asked: str, widths: Sequence[int]) -> str:
@@ -181,21 +203,21 @@ class Sum:
         for part, rows in zip(self.parts, strips(x.shape[1]), strict=True):
             part.addmm_(x[:, rows].T, x[:, rows.start :])
 
-    def moment(self, count: int) -> Moment:
-        """The mean over ``count`` positions."""
+    def moment(self, count: int, scale: float = 1.0) -> Moment:
+        """The mean over ``count`` positions, times ``scale``."""
         if self.kind == "sampled":
-            return Moment("sampled", self.parts[0])
+            return Moment("sampled", self.parts[0] * scale**0.5)
         if self.kind == "blocks":
             some = blocks(self.widths)
-            found = [(self.parts[0][: one.stop - one.start, one] / count).cpu() for one in some]
+            found = [(self.parts[0][: one.stop - one.start, one] / count * scale).cpu() for one in some]
             return Moment.of_blocks([(block + block.T) / 2 for block in found])
         if self.kind != "full":
-            mean = (self.parts[0] / count).cpu()
+            mean = (self.parts[0] / count * scale).cpu()
             return Moment.identity(len(mean), float(mean.mean())) if self.kind == "none" else Moment(self.kind, mean)
         width = self.parts[0].shape[1]
         values = torch.empty(width, width)
         for part, rows in zip(self.parts, strips(width), strict=True):
-            mean = (part / count).cpu()
+            mean = (part / count * scale).cpu()
             square = mean[:, : rows.stop - rows.start]
             square.copy_((square + square.T) / 2)  # a product's rounding need not be symmetric
             values[rows.start :, rows] = mean.T
