@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 from command import ROWS, Run, write
+from costs import Costs
 from hypothesis import settings
 from slow import slow_tests
 
 from lmrepair import cli
 
+# What imports make stays: looking through it for garbage, again and again, is a sixth of a worker's start.
+gc.disable()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers run side by side: one thread each, in the processes they start, too. Threads that wait for one
@@ -27,6 +31,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 settings.register_profile("same", derandomize=True, database=None)
 settings.register_profile("random")
 settings.load_profile(os.environ.get("LMREPAIR_EXAMPLES", "same"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "LMREPAIR_COSTS" in os.environ:
+        config.pluginmanager.register(Costs(Path(os.environ["LMREPAIR_COSTS"])))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
             weights[item.path] += 1
     items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

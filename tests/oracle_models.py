@@ -18,7 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmrepair import Failure, Net, Reference, Star
+from lmrepair import Failure, Method, Net, Reference, Star
+from lmrepair.failures.tokens import Tokens
+from lmrepair.model.moments import Asked, Statistics
+from lmrepair.model.statistics import gather
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 HIDDEN, WIDTH, LAYERS = 32, 48, 3
@@ -91,6 +94,22 @@ def net(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) 
 def _placed(kind: str, seed: int, dtype: torch.dtype) -> Net:
     """The net that ``net`` copies; nobody else holds it, so no test can change what another one is given."""
     return Net(model(kind, seed, dtype), tokenizer(), f"tiny-{kind}")
+
+
+def statistics(given: Net, method: Method, count: int = 6, length: int = 40) -> Statistics | None:
+    """What a method asks of a net that is as ``net`` made it, from texts it writes by itself; gathered once."""
+    asked, kind = method.asks(), given.name.removeprefix("tiny-")
+    return None if asked is None else _statistics(kind, given.model.dtype, asked, count, length)
+
+
+@cache
+def _statistics(kind: str, dtype: torch.dtype, asked: Asked, count: int, length: int) -> Statistics:
+    return gather(net(kind, dtype=dtype), _written(kind, dtype, count, length), asked, "test")
+
+
+@cache
+def _written(kind: str, dtype: torch.dtype, count: int, length: int) -> list[Tokens]:
+    return net(kind, dtype=dtype).sample(count, length)
 
 
 def pairs(found: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

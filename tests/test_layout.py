@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def order() -> list[str]:
     """Every module in its place; a room's door stands behind its modules."""
     found = []
@@ -68,9 +70,15 @@ def room_of(module: str) -> str:
     return inner[0] if inner else module.split(".")[0]
 
 
+@cache
+def parsed(path: Path) -> tuple[str, ast.Module]:
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
+@cache
 def imports(path: Path) -> list[tuple[int, str, list[str]]]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = [node for node in ast.walk(parsed(path)[1]) if isinstance(node, ast.ImportFrom)]
     mine = [node for node in found if (node.module or "").split(".")[0] == "lmrepair"]
     return [(node.lineno, (node.module or "")[9:], [alias.name for alias in node.names]) for node in mine]
 
@@ -103,7 +111,7 @@ def test_a_module_imports_what_stands_above_it_and_other_rooms_by_the_door(path:
 @pytest.mark.parametrize("room", [*(room for room, modules in ROOMS.items() if modules), *INSIDE])
 def test_a_door_says_what_for_and_gives_what_it_lists(room: str) -> None:
     path = PACKAGE / Path(*room.split(".")) / "__init__.py"
-    summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
+    summary = (ast.get_docstring(parsed(path)[1]) or "").splitlines()[0]
     assert summary.endswith(".")
     given = [name for _, module, names in imports(path) if module.startswith(room + ".") for name in names]
     assert given
@@ -119,12 +127,12 @@ def test_a_door_says_what_for_and_gives_what_it_lists(room: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_shortcuts(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+    text, tree = parsed(path)
     assert not re.search(r"except Exception|except:|except BaseException:\s*pass|pickle|(?<![.\w])(eval|exec)\(", text)
     if name_of(path) != "cli.main":
         assert not re.search(r"^\s*print\(", text, re.MULTILINE)
     assert len(text.splitlines()) <= 400
-    assert ast.get_docstring(ast.parse(text))
+    assert ast.get_docstring(tree)
 
 
 def test_the_public_surface_is_the_list() -> None:
@@ -139,7 +147,8 @@ def test_the_public_surface_is_the_list() -> None:
 
 def test_importing_the_package_and_its_methods_does_not_import_torch() -> None:
     script = (
-        "import sys, lmrepair, lmrepair.methods, lmrepair.cli, lmrepair.bench.report; sys.exit('torch' in sys.modules)"
+        "import sys, lmrepair, lmrepair.methods, lmrepair.cli, lmrepair.bench.report;"
+        "from lmrepair.bench import bench, plan; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 

@@ -32,7 +32,7 @@ from lmrepair.bench.records import (
 )
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, named, read_failures, read_kinds, read_reference, shipped
+from lmrepair.failures import Failure, Reference, named, read_failures, read_kinds, read_reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
 from lmrepair.measure import (
     Answer,
@@ -85,7 +85,7 @@ def measure(job: Job) -> dict[str, Any]:
     if job.threads:
         torch.set_num_threads(job.threads)
     torch.manual_seed(cell.seed)
-    net = load(model_source(job), device=job.device, dtype=cell.model.dtype)
+    net = load(job.model_source(), device=job.device, dtype=cell.model.dtype)
     references = [_reference(net, spec, job) for spec in cell.drift]
     study = _Study(net, cell, _rows(net, job), references, _statistics(net, job))
     found = study.run()
@@ -98,24 +98,11 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def model_source(job: Job) -> str | None:
-    """What ``load`` takes: None for the embedded model, a folder or a file below ``models``, or a hub name."""
-    path = job.cell.model.path
-    if path == EMBEDDED:
-        return None
-    return str(job.models / path) if (job.models / path).exists() else path
-
-
-def data_file(job: Job, name: str, embedded: str) -> Path:
-    """A file of the grid below ``data``, or the one that ships."""
-    return shipped(embedded) if name == EMBEDDED else job.data / name
-
-
 def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
     """Reference text of one kind (its rows, where a file has several), as short as the cell asks for."""
     path = None if spec.file == EMBEDDED else job.data / spec.file
     if spec.template:
-        return _answered(net, spec, data_file(job, spec.file, "failures.jsonl"))
+        return _answered(net, spec, job.data_file(spec.file, "failures.jsonl"))
     kinds = [one for one in read_kinds(path) if one.name.split("@")[0] == spec.kind]
     whole = kinds[0] if kinds else read_reference(path, spec.kind)
     length = min(WINDOW, max(SHORTEST, spec.tokens // len(whole.texts)))
@@ -133,7 +120,7 @@ def _statistics(net: Net, job: Job) -> Statistics | None:
     asked = method.asks() if method is not None else None
     if asked is None or (spec.statistics is None and spec.own_texts is None):
         return None
-    text = read_reference(data_file(job, spec.statistics, "reference.jsonl")) if spec.statistics else None
+    text = read_reference(job.data_file(spec.statistics, "reference.jsonl")) if spec.statistics else None
     return statistics_of(net, asked, text, own=spec.own_texts)
 
 
@@ -150,7 +137,7 @@ def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
 
 def _rows(net: Net, job: Job) -> Rows:
     cell, spec = job.cell, job.cell.data
-    path = data_file(job, spec.file, f"{spec.format}.jsonl")
+    path = job.data_file(spec.file, f"{spec.format}.jsonl")
     grid = read_grid(path) if spec.format == "grid" else None
     everything = list(grid.cells) if grid else _task(spec, path)
     if grid:

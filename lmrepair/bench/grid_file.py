@@ -15,7 +15,7 @@ from typing import Any
 
 from lmrepair.bench.toml_table import Table, kind_name
 from lmrepair.errors import UsageError, nearest
-from lmrepair.failures import Template
+from lmrepair.failures import Template, shipped
 from lmrepair.methods import METHODS, Method, Targeting, method_named
 
 KINDS = ("alone", "together", "cumulative", "sparsity", "grid")
@@ -140,6 +140,17 @@ class Job:
     data: Path
     device: str = "auto"
     threads: int = 0
+
+    def model_source(self) -> str | None:
+        """What ``load`` takes: None for the embedded model, a folder or a file below ``models``, or a hub name."""
+        path = self.cell.model.path
+        if path == EMBEDDED:
+            return None
+        return str(self.models / path) if (self.models / path).exists() else path
+
+    def data_file(self, name: str, embedded: str) -> Path:
+        """A file of the grid below ``data``, or the one that ships."""
+        return shipped(embedded) if name == EMBEDDED else self.data / name
 
 
 @dataclass(frozen=True)

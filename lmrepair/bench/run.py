@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmrepair.bench.cell import data_file, measure, model_source
 from lmrepair.bench.grid_file import EMBEDDED, BenchGrid, Cell, Job
 from lmrepair.bench.workers import Ended, Processes, RayActors, Work, Workers, error_data
 from lmrepair.errors import FailuresError, UsageError
@@ -99,7 +98,7 @@ def bench(
     jobs: int = 1,
     executor: str = "local",
     say: Callable[[str], None] = lambda _: None,
-    work: Work = measure,
+    work: Work | None = None,
 ) -> Summary:
     """Run the planned cells that are not done; report progress by lines.
 
@@ -117,7 +116,7 @@ def bench(
     failed: list[tuple[str, str]] = []
     deaths: Counter[str] = Counter()
     by_name = {item.cell.name: item for item in todo}
-    workers = _workers(executor, work, min(jobs, total), todo)
+    workers = _workers(executor, work or _measured, min(jobs, total), todo)
     try:
         while queue or workers.busy:
             while queue and workers.free:
@@ -137,6 +136,13 @@ def bench(
     finally:
         workers.close()
     return Summary(total, len(planned) - total, tuple(failed))
+
+
+def _measured(job: Job) -> dict[str, Any]:
+    """Measure a cell, in a worker: nobody else waits for torch."""
+    from lmrepair.bench.cell import measure
+
+    return measure(job)
 
 
 def _workers(executor: str, work: Work, count: int, planned: Sequence[Planned]) -> Workers:
@@ -220,16 +226,16 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
     if cell.data.heldout:
         found["heldout"] = job.data / cell.data.heldout
     if cell.method.statistics:
-        found["statistics"] = data_file(job, cell.method.statistics, "reference.jsonl")
+        found["statistics"] = job.data_file(cell.method.statistics, "reference.jsonl")
     for spec in cell.drift:
-        found[f"drift {spec.kind}"] = data_file(job, spec.file, "reference.jsonl")
+        found[f"drift {spec.kind}"] = job.data_file(spec.file, "reference.jsonl")
     made = {}
     for name, path in found.items():
         if not path.is_file():
             raise FailuresError(f"{path}: no such file; the grid's files are looked for beside it, or below --data")
         made[name] = _hashed(path, hashed)
-    source = model_source(job)
-    folder = Path(source) if source else data_file(job, EMBEDDED, "model")
+    source = job.model_source()
+    folder = Path(source) if source else job.data_file(EMBEDDED, "model")
     if folder.is_dir():
         parts = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt", ".model"))
         made["model"] = _digest([[path.name, _hashed(path, hashed)] for path in parts])
@@ -239,7 +245,7 @@ def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
 
 
 def _data(job: Job) -> Path:
-    return data_file(job, job.cell.data.file, f"{job.cell.data.format}.jsonl")
+    return job.data_file(job.cell.data.file, f"{job.cell.data.format}.jsonl")
 
 
 def _lines(path: Path) -> int:

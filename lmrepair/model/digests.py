@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmrepair.model.net import Net
 
-CHUNK = 1 << 26  # bytes hashed, and copied from a device, at once
+CHUNK = 1 << 26  # bytes hashed, and copied from a device, at once; of a model with fewer, no part is worth a thread
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
         for name, tensor in net.model.state_dict().items()
         if isinstance(tensor, Tensor) and tensor.data_ptr() not in projections
     }
+    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
     with ThreadPoolExecutor() as pool:
-        parts = pool.map(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
-        layers = pool.map(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
+        each: Any = map if size < CHUNK else pool.map
+        parts = each(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
+        layers = each(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
         whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         experts = {at: place.groups for at, place in enumerate(net.anatomy.ffns) if not place.dense}
         return Fingerprint(whole, tuple(layers), experts)

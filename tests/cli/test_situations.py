@@ -35,12 +35,14 @@ def test_every_situation_has_a_row_and_every_row_its_tests() -> None:
 def test_a_user_without_home_or_name_finishes_a_repair(tmp_path: Path) -> None:
     """As in a container: no HOME, a user id that no password file knows (where the system lets us be one)."""
     write(tmp_path / "rows.jsonl", ROWS[0])
+    (tmp_path / "text.txt").write_text("for name in names:\n    print(name)\n", encoding="utf-8")
     nameless = ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "LMREPAIR_CACHE")
     world = {key: value for key, value in os.environ.items() if key not in nameless}
     can = (
         shutil.which(UNKNOWN[0]) and not subprocess.run([*UNKNOWN, "true"], capture_output=True, check=False).returncode
     )
-    command = [sys.executable, "-m", "lmrepair", "repair", "rows.jsonl", "--own-texts", "1", "--max-kl", "inf"]
+    command = [sys.executable, "-m", "lmrepair", "repair", "rows.jsonl", "--reference", "text.txt", "--own-texts", "1",
+               "--max-kl", "inf"]  # fmt: skip
     run = subprocess.run(
         [*(UNKNOWN if can else []), *command], cwd=tmp_path, env={**world, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,

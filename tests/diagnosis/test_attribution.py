@@ -10,7 +10,6 @@ import oracle
 import oracle_models
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation
 from oracle_models import FAILURES
 from torch import Tensor
 
@@ -133,6 +132,8 @@ def test_attributions_are_those_of_autograd(kind: str, by: str, at_once: int) ->
 
 
 def by_captum(net: Net, layer: int, tokens: Tokens, wrong: list[tuple[int, int]], by: str) -> Tensor:
+    from captum.attr import LayerGradientXActivation
+
     first = len(tokens.prompt) - 1
 
     def value(ids: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ TURNS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @example({"conversations": [{"role": []}]}, False)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON | TURNS, min_size=1, max_size=5), st.booleans())
 @example({"conversations": [{"from": [], "value": "x"}]}, False)

@@ -225,7 +225,7 @@ def pycoder(shared: Path) -> tuple[Net, Statistics]:
     """The model, and statistics of few texts: enough for what these tests look at, a quarter of the time."""
     net, asked = load(shared / "models" / "pycoder-8m"), method_named(DEFAULT, None).asks()
     assert asked is not None
-    return net, statistics_of(net, asked, own=16)
+    return net, statistics_of(net, asked, own=4)
 
 
 @pytest.mark.parametrize(

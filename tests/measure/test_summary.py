@@ -13,7 +13,7 @@ from typing import Any
 import oracle_models
 import pytest
 from command import Run, write
-from oracle_models import FAILURES, State, bold_star
+from oracle_models import FAILURES, TEXT, State, bold_star
 
 from lmrepair import Drift, Reference, UsageError, answers, diagnose, evaluate, measure_drift, repair, repair_each
 from lmrepair.cli.options import read_references
@@ -37,7 +37,7 @@ TEXTS = [Reference("fox", ("the quick brown fox",)), Reference("code", ("for i i
 
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
-    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1))
+    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1), TEXT)
     assert result.patch is not None
     return result.patch
 
@@ -212,7 +212,7 @@ def test_which_failure_needed_each_layer_is_seen_by_leaving_it_as_it_was(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = oracle_models.net()
-    result = repair(net, FAILURES[:2], bold_star(learning_rate=0.1))
+    result = repair(net, FAILURES[:2], bold_star(learning_rate=0.1), TEXT)
     patch = result.patch
     assert patch is not None
     state = State.of(net)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from rapidfuzz.distance import Levenshtein
-from rouge_score import rouge_scorer
-from sacrebleu.metrics import BLEU
 
 from lmrepair.errors import UsageError
 from lmrepair.measure.intervals import Interval, bootstrap, paired
@@ -120,6 +118,9 @@ def test_white_space_between_tokens_does_not_matter(one: str, other: str) -> Non
 
 @pytest.mark.parametrize(("written", "target"), PAIRS)
 def test_scores_are_those_of_the_libraries(written: str, target: str) -> None:
+    from rouge_score import rouge_scorer
+    from sacrebleu.metrics import BLEU
+
     found = text_scores(written, target)
     have, wanted = code_tokens(written), code_tokens(target)
 
@@ -147,6 +148,8 @@ def test_scores_are_those_of_slow_versions(written: str, target: str) -> None:
 @pytest.mark.parametrize(("one", "other"), [("a == b", "a != b"), ("Value", "value"), ("x[0]", "x(0)")])
 def test_operators_and_case_count(one: str, other: str) -> None:
     """rouge_score by itself sees no difference in some of these."""
+    from rouge_score import rouge_scorer
+
     found = text_scores(one, other)
     assert not found.exact
     assert max(found.bleu, found.rouge_l, found.edit_similarity) < 1
@@ -179,6 +182,8 @@ def test_scores_are_shares_and_one_for_equal_texts(written: str, target: str) ->
 
 
 def test_corpus_bleu_is_the_librarys() -> None:
+    from sacrebleu.metrics import BLEU
+
     written, targets = [pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS]
     apart = [" ".join(code_tokens(text)) for text in written], [[" ".join(code_tokens(text)) for text in targets]]
     wanted = BLEU(tokenize="none", effective_order=True).corpus_score(*apart).score / 100
@@ -190,6 +195,8 @@ def test_corpus_bleu_is_the_librarys() -> None:
 
 def test_transposed_references_are_refused() -> None:
     """sacrebleu takes [[r1], [r2]] for [[r1, r2]] and gives 100 where the first pair agrees."""
+    from sacrebleu.metrics import BLEU
+
     written, targets = ["a b c d e", "f g h i j"], ["a b c d e", "z"]
     assert BLEU(force=True).corpus_score(written, [[target] for target in targets]).score == pytest.approx(100)
     assert corpus_bleu(written, targets) < 0.9

@@ -11,8 +11,7 @@ import oracle
 import oracle_models
 import pytest
 import torch
-from oracle_models import FAILURES, State
-from peft import LoraConfig, inject_adapter_in_model
+from oracle_models import FAILURES, TEXT, State
 
 from lmrepair import FineTune, Lora, Net, UsageError, repair, repair_each
 from lmrepair.loop import loop
@@ -73,6 +72,8 @@ def test_lora_is_pefts_injected_into_a_copy(kind: str) -> None:
 
 def peft_steps(net: Net, pairs: Any, rank: int, rate: float, steps: int, seed: int) -> dict[int, torch.Tensor]:
     """Layer → merged change [m, d], with the adapters in the model (found by identity, not by a table of names)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     twin = oracle._twin(net.model)
     matrices = oracle._matrices(twin)
     names = [name for matrix in matrices for name, module in twin.named_modules() if module is matrix]
@@ -100,7 +101,7 @@ def test_a_lora_patch_has_its_rank_and_the_net_has_no_adapters(kind: str) -> Non
     net = oracle_models.net(kind)
     before = State.of(net)
     modules = [id(module) for module in net.model.modules()]
-    result = repair(net, FAILURES[:2], Lora(learning_rate=0.02, rank=2, max_probe_kl=math.inf))
+    result = repair(net, FAILURES[:2], Lora(learning_rate=0.02, rank=2, max_probe_kl=math.inf), TEXT)
     assert result.repaired == 2
     assert result.patch is not None
     assert len(result.patch.changes) == net.layers
@@ -128,7 +129,7 @@ def test_whatever_breaks_lora_the_net_has_no_adapters(
 
     monkeypatch.setattr(owner, name, broken)  # of these, the last is first called by the check after all steps
     with pytest.raises(error):
-        repair(net, FAILURES[:1], Lora())
+        repair(net, FAILURES[:1], Lora(epochs=5), TEXT)
     assert [id(module) for module in net.model.modules()] == modules
     assert not before.changed(net)
 

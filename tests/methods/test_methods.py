@@ -41,7 +41,6 @@ from lmrepair.methods.keyed.keyed import Keyed
 from lmrepair.methods.maths.basis import Bases
 from lmrepair.model.moments import Metric
 from lmrepair.model.net import settled
-from lmrepair.model.statistics import gather
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 # One row a method: how it is set up so that it repairs the tiny models.
@@ -116,7 +115,8 @@ def problem(net: Net, method: Method, focus: Tensor | None = None, count: int = 
     everywhere = torch.ones(len(preference.gap), dtype=torch.bool)
     zeros = {layer: torch.zeros(len(columns), net.hidden) for layer, columns in sites.columns.items()}
     bases, asked = Bases.of(net, getattr(method, "gain", False)), method.asks()
-    metric = None if asked is None else Metric.of(gather(net, net.sample(4, 40), asked, "test"), asked.damping)
+    known = oracle_models.statistics(net, method)
+    metric = Metric.of(known, asked.damping) if known and asked else None
     return Problem(
         net, tuple(batches), sites, reading, everywhere if focus is None else focus, zeros, bases, 0,
         metric=metric, probe=lambda deltas: 0.1 * sum(float(delta.square().sum()) for delta in deltas.values()),
@@ -144,7 +144,8 @@ def test_every_method_repairs_and_leaves_nothing_half_done(name: str, kind: str)
     failures = FAILURES[2:3] if TABLE[name].mode == "iterative" else FAILURES[:2]
     # What edits at a prompt's last token alone is held to targets of one token.
     short = TABLE[name].undoes or isinstance(TABLE[name], Keyed)
-    result = repair(net, [near_miss(net)] if short else failures, TABLE[name], TEXT)
+    known = oracle_models.statistics(net, TABLE[name])
+    result = repair(net, [near_miss(net)] if short else failures, TABLE[name], TEXT, statistics=known)
     assert result.repaired == result.failing > 0
     assert result.patch is not None
     for outcome, made in zip(result.outcomes, net.generate([o.tokens for o in result.outcomes]), strict=True):
@@ -162,9 +163,12 @@ def test_every_method_gives_whole_finite_deltas_and_touches_nothing(name: str) -
     if TABLE[name].mode == "iterative":  # its problems are about one position
         focus = torch.zeros(sum(len(item.target) for item in net.tokenize(FAILURES)), dtype=torch.bool)
         focus[0] = True
-    given = problem(net, TABLE[name], focus)
+    method = TABLE[name]
+    if isinstance(method, Keyed):
+        method = dataclasses.replace(method, values=8)
+    given = problem(net, method, focus)
     random = torch.random.get_rng_state()
-    first, again = TABLE[name].solve(given), TABLE[name].solve(given)
+    first, again = method.solve(given), method.solve(given)
     for layer, columns in given.sites.columns.items():
         assert first.deltas[layer].shape == (len(columns), net.hidden)
         assert first.deltas[layer].dtype == torch.float32
@@ -175,7 +179,7 @@ def test_every_method_gives_whole_finite_deltas_and_touches_nothing(name: str) -
     assert not before.changed(net)
     # So is a second step, from what the first one left.
     then = dataclasses.replace(given, deltas=first.deltas, memory=first.memory, step=1)
-    second, again = TABLE[name].solve(then), TABLE[name].solve(then)
+    second, again = method.solve(then), method.solve(then)
     assert all(torch.equal(second.deltas[layer], again.deltas[layer]) for layer in given.sites.layers)
 
 
@@ -186,7 +190,7 @@ def test_targeting_says_where_every_targeted_method_writes(name: str, target: di
     net = oracle_models.net()
     before = State.of(net)
     method = dataclasses.replace(TABLE[name], **target, epochs=30)
-    (result,) = repair_each(net, FAILURES[:1], method)
+    (result,) = repair_each(net, FAILURES[:1], method, statistics=oracle_models.statistics(net, method))
     assert not before.changed(net)
     assert result.patch is not None
     count = 1 if target.get("layers") == "one" or target.get("pattern") == "layer" else 2 if "layers" in target else 3

@@ -38,7 +38,9 @@ KINDS = ("full", "sampled", "diagonal", "none")
 
 
 def statistics(net: Net, method: MinKl) -> Statistics:
-    return gather(net, net.sample(6, 40), method.asks(), "test")
+    found = oracle_models.statistics(net, method)
+    assert found is not None
+    return found
 
 
 def tokens_of(net: Net) -> list[Tokens]:
@@ -426,7 +428,7 @@ def test_where_nothing_has_an_effect_nothing_moves() -> None:
     net.model.model.layers[1].mlp.up_proj.weight.zero_()
     before = State.of(net)
     method = MinKl(inputs="full", outputs="full", epochs=3)
-    given = problem(net, method, tokens_of(net), statistics(net, method))
+    given = problem(net, method, tokens_of(net), gather(net, net.sample(2, 40), method.asks(), "test"))
     only = Sites({1: torch.arange(WIDTH)})
     with settled(net.model):
         reading = method.read(net, given.batches, only, None, method.margin)
@@ -490,7 +492,7 @@ def test_every_variant_repairs_and_keeps_the_margin(kind: str, changed: dict[str
 def test_half_precision_is_repaired_too(kind: str, dtype: torch.dtype) -> None:
     net = oracle_models.net(kind, dtype=dtype)
     before = State.of(net)
-    result = repair(net, FAILURES[:2], MinKl(epochs=60), TEXT)
+    result = repair(net, FAILURES[:2], MinKl(epochs=60), TEXT, statistics=statistics(net, MinKl()))
     assert result.repaired == result.failing == 2
     assert result.patch is not None
     for outcome, made in zip(result.outcomes, net.generate([o.tokens for o in result.outcomes]), strict=True):
@@ -503,7 +505,7 @@ def test_the_same_repair_twice_is_the_same_bits() -> None:
     made = []
     for _ in range(2):
         net = oracle_models.net()
-        result = repair(net, FAILURES, MinKl(epochs=60), TEXT)
+        result = repair(net, FAILURES, MinKl(epochs=60), TEXT, statistics=statistics(net, MinKl()))
         assert result.patch is not None
         made.append(result.patch)
     for layer, change in made[0].changes.items():
@@ -516,7 +518,7 @@ def test_the_same_repair_twice_is_the_same_bits() -> None:
 def test_what_cannot_be_repaired_leaves_the_model_bit_for_bit(kind: str, given: dict[str, Any]) -> None:
     net = oracle_models.net(kind)
     before = State.of(net)
-    result = repair(net, FAILURES, MinKl(**given), TEXT)
+    result = repair(net, FAILURES, MinKl(**given), TEXT, statistics=statistics(net, MinKl()))
     assert result.repaired == 0
     assert result.patch is None
     assert all(outcome.reason for outcome in result.outcomes)

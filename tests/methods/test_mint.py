@@ -8,7 +8,7 @@ import oracle
 import oracle_models
 import pytest
 import torch
-from oracle_models import FAILURES, LAYERS, WIDTH, State
+from oracle_models import FAILURES, LAYERS, TEXT, WIDTH, State
 
 from lmrepair import Failure, Mint, ModelError, Net, repair, repair_each
 from lmrepair.methods.base import Problem, Step
@@ -131,7 +131,7 @@ def test_mint_that_fails_leaves_every_weight_as_it_was(kind: str, dtype: torch.d
         if stage == "steps":
             (between if done else starts).append([name for name in before.changed(net) if name.endswith("weight")])
 
-    result = repair(net, FAILURES[1:2], Mint(factor=1e-3, epochs=2), progress=progress)
+    result = repair(net, FAILURES[1:2], Mint(factor=1e-3, epochs=2), TEXT, progress)
     (outcome,) = result.outcomes
     assert (result.repaired, result.patch) == (0, None)
     # Every mistake was tried, and each from the untouched weights.
@@ -174,7 +174,7 @@ def test_what_breaks_a_trial_leaves_the_net_as_it_was(
 
     monkeypatch.setattr(net, "logits", logits)
     with pytest.raises(error):
-        repair(net, FAILURES[:1], Mint(factor=0.3))
+        repair(net, FAILURES[:1], Mint(factor=0.3), TEXT)
     assert seen[-1]
     assert not before.changed(net)
 

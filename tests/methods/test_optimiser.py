@@ -109,7 +109,7 @@ def test_the_defaults_do_not_know_how_large_a_models_numbers_are(method: Method)
     """One function, written with other numbers: gains moved between matrices that follow each other."""
     gains = [0.25, 1.0, 16.0]
     plain, scaled = oracle_models.net("llama"), Net(_rescaled(gains), oracle_models.tokenizer())
-    failures = FAILURES[:1]
+    failures = FAILURES[2:3]
     ids = torch.tensor([[1, 5, 9, 20]])
     with torch.inference_mode():
         assert torch.allclose(plain.model(ids).logits, scaled.model(ids).logits, atol=1e-4)

@@ -18,7 +18,7 @@ import jinja2
 import oracle_models
 import pytest
 import torch
-from oracle_models import FAILURES
+from oracle_models import FAILURES, TEXT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lmrepair import ModelError, Patch, Star, diagnose, load, repair
@@ -115,7 +115,7 @@ def test_a_patch_remembers_the_file(tmp_path: Path) -> None:
         (Net(oracle_models.model(), oracle_models.tokenizer(), "tiny", source), source.data()),
         (oracle_models.net(), {}),
     ):
-        made = repair(net, FAILURES[:2], STAR)
+        made = repair(net, FAILURES[:2], STAR, TEXT)
         assert made.patch is not None
         made.patch.save(tmp_path / "patch")
         assert Patch.load(tmp_path / "patch").made.source == said

@@ -17,7 +17,7 @@ import huggingface_hub
 import oracle_models
 import pytest
 from command import Run
-from oracle_models import FAILURES, bold_star
+from oracle_models import FAILURES, TEXT, bold_star
 
 from lmrepair import ModelError, Patch, PatchError, UsageError, load, repair
 from lmrepair.cli.patches.hub import card
@@ -114,7 +114,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def patch() -> Patch:
-    made = repair(oracle_models.net(), FAILURES[:2], bold_star(learning_rate=0.1)).patch
+    made = repair(oracle_models.net(), FAILURES[:2], bold_star(learning_rate=0.1), TEXT).patch
     assert made is not None
     return made
 

@@ -22,6 +22,7 @@ import oracle_models
 import pytest
 import safetensors.torch
 import torch
+from factored import made_up
 from hypothesis import given, settings, strategies as st
 from oracle_models import FAILURES, State, bold_star, same_bits, tensors
 from torch import Tensor
@@ -80,7 +81,7 @@ def test_there_and_back_is_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: 
 def test_only_the_chosen_columns_change(kind: str) -> None:
     net = oracle_models.net(kind)
     before = [net.columns(layer).clone() for layer in range(net.layers)]
-    patch = made_on(net, "1/16")
+    patch = made_up(net, FAILURES, share=16)
     patch.apply(net)
     for layer in range(net.layers):
         changed = set(patch.changes[layer].columns.tolist()) if layer in patch.changes else set()
@@ -97,7 +98,7 @@ def test_a_saved_folder_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Pat
         save_model(oracle_models.net(kind, dtype=dtype), start / "0")
         net = load(start / "0")
         assert net.dtype == dtype
-        patch = made_on(net)
+        patch = made_up(net, FAILURES)
         patch.apply(net)
         save_model(net, start / "1")
         patched = load(start / "1")
