@@ -11,7 +11,7 @@ ROOM ?= failures
 SAMPLE ?= 200
 SEED ?= 0
 
-.PHONY: demo demo-real models test quick real mutants hard bench lint clean
+.PHONY: demo demo-real models test quick slow real mutants hard bench lint clean
 
 demo: .venv/.demo
 	$(BIN)/lmrepair demo
@@ -30,6 +30,12 @@ test: .venv/.test
 # Every test that is fast: all but those that tests/slow.txt names.
 quick: .venv/.test
 	$(PYTEST) -m "not slow and not real"
+
+# Measures every test and lists those that `make quick` leaves out anew; on a machine with nothing else to do.
+slow: .venv/.test
+	rm -rf build/costs
+	LMREPAIR_COSTS=build/costs $(PYTEST)
+	$(BIN)/python tests/slow.py build/costs
 
 # Which changes of a room's code no test notices; see docs/tests.md. Runs for minutes to hours.
 mutants: .venv/.test

@@ -41,16 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that slow.txt names, so that ``make quick`` leaves them out; a new test is in it by default.
 
-    Modules that have most of them come first, so that no worker is left with a long one at the end.
+    Modules whose slow tests take longest come first, so that no worker is left with a long one at the end.
     """
-    slow = set(slow_tests())
-    weights: Counter[Path] = Counter()
+    slow = slow_tests()
+    weights: Counter[str] = Counter()
+    for name, seconds in slow.items():
+        weights[name.split("::")[0]] += round(1000 * seconds)
+    names = {item: item.nodeid.split("[")[0].removeprefix("tests/") for item in items}
     for item in items:
-        name = item.nodeid.split("[")[0].removeprefix("tests/")
-        if name in slow:
+        if names[item] in slow:
             item.add_marker(pytest.mark.slow)
-            weights[item.path] += 1
-    items.sort(key=lambda item: -weights[item.path])
+    items.sort(key=lambda item: -weights[names[item].split("::")[0]])
 
 
 def pytest_collection_finish() -> None:

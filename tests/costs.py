@@ -1,4 +1,4 @@
-"""What every test and fixture costs, in seconds of a core: LMREPAIR_COSTS=FOLDER pytest … writes a file a worker."""
+"""What tests cost: LMREPAIR_COSTS=FOLDER pytest … writes a file a process, from which slow.py makes slow.txt."""
 
 from __future__ import annotations
 
@@ -13,53 +13,36 @@ import pytest
 
 
 def spent() -> float:
-    """Of this process, and of those that it started and that have ended."""
+    """Seconds of a core, of this process and of those it has started that have ended."""
     return time.process_time() + sum(os.times()[2:4])
 
 
 class Costs:
-    """Writes a line a test: what its phases cost, and of that what went into each fixture made for it."""
+    """Writes a line a test: its name, its seconds of a core, and beside them those of what is made once for several."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / (os.environ.get("PYTEST_XDIST_WORKER", "main") + ".jsonl")
-        self.fixtures: dict[str, float] = {}
-        self.inner = 0.0
-        self.write({"test": "START", "spent": spent()})
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.shared: dict[str, float] = {}
+        self.inner = 0.0  # what fixtures that another one asked for have taken
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_collection(self) -> Iterator[None]:
-        before = spent()
-        result = yield
-        self.write({"test": "COLLECT", "spent": spent() - before})
-        return result
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_sessionfinish(self) -> Iterator[None]:
-        result = yield
-        self.write({"test": "END", "spent": spent()})
-        return result
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[Any]:
-        outer, self.inner = self.inner, 0.0
-        before = spent()
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[Any]:
+        outer, self.inner, before = self.inner, 0.0, spent()
         try:
             return (yield)
         finally:
             took = spent() - before
-            name = f"{fixturedef.scope}:{fixturedef.argname}"
-            self.fixtures[name] = self.fixtures.get(name, 0.0) + took - self.inner
-            self.inner = outer + took
+            if fixturedef.scope != "function":
+                self.shared[fixturedef.argname] = took - self.inner
+                self.inner = took
+            self.inner += outer
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        self.fixtures, self.inner = {}, 0.0
-        before = spent()
+        self.shared, self.inner, before = {}, 0.0, spent()
         result = yield
-        self.write({"test": item.nodeid, "spent": spent() - before, "fixtures": self.fixtures})
+        row = {"test": item.nodeid, "seconds": spent() - before - sum(self.shared.values()), "shared": self.shared}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         return result
