@@ -492,7 +492,7 @@ def test_every_variant_repairs_and_keeps_the_margin(kind: str, changed: dict[str
 def test_half_precision_is_repaired_too(kind: str, dtype: torch.dtype) -> None:
     net = oracle_models.net(kind, dtype=dtype)
     before = State.of(net)
-    result = repair(net, FAILURES[:2], MinKl(epochs=60), TEXT, statistics=statistics(net, MinKl()))
+    result = repair(net, FAILURES[:2], MinKl(epochs=60), TEXT)
     assert result.repaired == result.failing == 2
     assert result.patch is not None
     for outcome, made in zip(result.outcomes, net.generate([o.tokens for o in result.outcomes]), strict=True):
