@@ -37,7 +37,7 @@ TEXTS = [Reference("fox", ("the quick brown fox",)), Reference("code", ("for i i
 
 
 def patch_for(net: oracle_models.Net, failure: Failure) -> Patch:
-    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1), TEXT)
+    (result,) = repair_each(net, [failure], bold_star(learning_rate=0.1))
     assert result.patch is not None
     return result.patch
 
