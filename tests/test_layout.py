@@ -25,7 +25,7 @@ ROOMS = {
     "patch": "format hub patch compose conflicts bisection disk folder serving",
     "measure": "shown intervals texts answer drift effects grid verification summary doctor",
     "loop": "gate untouched judge search case solver outcome loop alone",
-    "checks": "harness sandbox tasks syntax running sampling rewording fixing",
+    "checks": "harness sandbox tasks syntax running writing sampling rewording fixing",
     "bench": "toml_table grid_file machine in_turn records cell workers run report",
     "cli": "output faults options starting patches repairing measuring demo study fix main",
     "__main__": "",

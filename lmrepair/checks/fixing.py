@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from lmrepair.checks.rewording import reworded
 from lmrepair.checks.running import Checker, Verdict
@@ -17,6 +19,7 @@ from lmrepair.methods import Method
 from lmrepair.model import Net, Progress, quiet
 
 CLOSING = "\n"  # what ends a canonical solution
+SEEDS = 1000  # between the seeds of one task and the next: each round of samples takes on as many as it has samples
 
 
 @dataclass(frozen=True)
@@ -116,56 +119,91 @@ def runs(net: Net, tasks: Sequence[Task], checker: Checker, length: int, progres
     return [Run(text, verdict) for text, verdict in zip(written, verdicts, strict=True)]
 
 
-def search(net: Net, task: Task, checker: Checker, budget: Budget, seed: int = 0, canonical: bool = False) -> Search:
-    """Look for a completion that passes and that the model finds likely: its own sample, else the canonical one.
+def search(
+    net: Net,
+    tasks: Sequence[Task],
+    checker: Checker,
+    budget: Budget,
+    seeds: Sequence[int],
+    canonical: bool = False,
+    progress: Progress = quiet,
+) -> list[Search]:
+    """For each task a completion that passes and that the model finds likely: its own sample, else the given one.
 
-    Temperatures rise until some sample passes. ``canonical``: the given solution first, without sampling.
+    Temperatures rise until some sample of a task passes. The tasks that are still looked for are sampled side by
+    side and share a round's time. ``canonical``: the given solutions at once, without sampling.
     """
-    began = time.perf_counter()
-    passing: dict[str, float] = {}
-    rejected: dict[str, Verdict] = {}
-    targets: dict[str, str] = {}
-    spent = 0
+    hunts = [_Hunt(task, seed) for task, seed in zip(tasks, seeds, strict=True)]
     share = -(-budget.samples // len(budget.temperatures))
-    for temperature in () if canonical else budget.temperatures:
-        at_this = 0
-        while at_this < min(share, budget.samples - spent + at_this) and not passing:
-            if time.perf_counter() - began > budget.seconds:
-                break
-            count = min(budget.at_once, share - at_this, budget.samples - spent)
-            if count < 1:
-                break
-            written = write_samples(net, task, count, budget.length, temperature, seed + spent)
-            spent, at_this = spent + count, at_this + count
-            new = {one.completion: one.target for one in written if one.completion not in rejected}
-            verdicts = checker.check_all([(task, text) for text in new])
-            rejected |= {text: found for text, found in zip(new, verdicts, strict=True) if not found.passed}
-            passing |= {text: temperature for text, found in zip(new, verdicts, strict=True) if found.passed}
-            targets |= new
-        if passing:
-            break
-    wrong = tuple(rejected.items())
-    texts = [targets[text] for text in passing]
-    costs = nats(net, [task] * len(texts), texts)
-    if texts and min(costs) < float("inf"):
-        best = min(range(len(texts)), key=costs.__getitem__)
-        heat = list(passing.values())[best]
-        took = time.perf_counter() - began
-        return Search(texts[best], "sample", costs[best], heat, spent, len(texts), took, wrong)
-    return _canonical(net, task, checker, Search(None, samples=spent, rejected=wrong), began)
+    counts = [min(budget.at_once, share - at) for at in range(0, share, budget.at_once)]
+    rounds = () if canonical else [(heat, count) for heat in budget.temperatures for count in counts]
+    for heat, most in rounds:
+        going = [one for one in hunts if not one.passing and one.seconds <= budget.seconds]
+        progress("search", len(hunts) - len(going), len(hunts))
+        count = min([most, *(budget.samples - one.spent for one in going)])
+        if going and count > 0:
+            _sample(net, going, checker, budget.length, heat, count)
+    return [hunt.found(net, checker) for hunt in hunts]
 
 
-def _canonical(net: Net, task: Task, checker: Checker, tried: Search, began: float) -> Search:
-    """The given solution, where there is one, it passes, and the tokenizer can write it."""
-    if task.canonical:
-        verdict = checker.check(task, task.canonical)
-        target = task.canonical.rstrip() + CLOSING
-        (cost,) = nats(net, [task], [target])
-        if verdict.passed and cost < float("inf"):
-            tried = replace(tried, target=target, source="canonical", nats=cost, passing=1)
-        elif not verdict.passed:
-            tried = replace(tried, rejected=(*tried.rejected, (task.canonical, verdict)))
-    return replace(tried, seconds=time.perf_counter() - began)
+@dataclass
+class _Hunt:
+    """A search as it goes on: target → temperature of what passes, completion → verdict of what does not."""
+
+    task: Task
+    seed: int
+    spent: int = 0
+    seconds: float = 0.0
+    passing: dict[str, float] = field(default_factory=dict)
+    rejected: dict[str, Verdict] = field(default_factory=dict)
+
+    def found(self, net: Net, checker: Checker) -> Search:
+        """The likeliest that passes and that the tokenizer can write, else the given solution if that holds of it."""
+        heats, given = self.passing, self.task.canonical
+        cost, target = self._likeliest(net, list(heats))
+        if target is not None:
+            return self._end(target, "sample", cost, heats[target], len(heats))
+        if not given:
+            return self._end(None)
+        verdict = checker.check(self.task, given)
+        if not verdict.passed:
+            self.rejected[given] = verdict
+            return self._end(None)
+        cost, target = self._likeliest(net, [given.rstrip() + CLOSING])
+        return self._end(target, "canonical", cost, 0.0, 1) if target is not None else self._end(None)
+
+    def _likeliest(self, net: Net, texts: Sequence[str]) -> tuple[float, str | None]:
+        costs = nats(net, [self.task] * len(texts), texts)
+        found = [(cost, text) for cost, text in zip(costs, texts, strict=True) if cost < math.inf]
+        return min(found, key=lambda pair: pair[0], default=(0.0, None))
+
+    def _end(
+        self, target: str | None, source: str = "", cost: float = 0.0, heat: float = 0.0, passing: int = 0
+    ) -> Search:
+        wrong = tuple(self.rejected.items())
+        return Search(target, source, cost, heat, self.spent, passing, self.seconds, wrong)
+
+
+def _sample(net: Net, hunts: Sequence[_Hunt], checker: Checker, length: int, heat: float, count: int) -> None:
+    """A round: ``count`` samples of each task, executed."""
+    began = time.perf_counter()
+    seeds = [hunt.seed + hunt.spent for hunt in hunts]
+    written = write_samples(net, [hunt.task for hunt in hunts], count, length, heat, seeds)
+    new = [
+        (hunt, one)
+        for hunt, texts in zip(hunts, written, strict=True)
+        for one in {text.completion: text for text in texts}.values()
+        if one.completion not in hunt.rejected
+    ]
+    verdicts = checker.check_all([(hunt.task, one.completion) for hunt, one in new])
+    for (hunt, one), verdict in zip(new, verdicts, strict=True):
+        if verdict.passed:
+            hunt.passing[one.target] = heat
+        else:
+            hunt.rejected[one.completion] = verdict
+    for hunt in hunts:
+        hunt.spent += count
+        hunt.seconds += (time.perf_counter() - began) / len(hunts)
 
 
 def fix(
@@ -190,14 +228,12 @@ def fix(
     at the given solutions, not at samples.
     """
     budget, clock = budget or Budget(), _Clock()
-    before = runs(net, tasks, checker, budget.length, progress)
-    apart = {name: runs(net, group, checker, budget.length, progress) for name, group in (groups or {}).items()}
+    measured = list((groups or {}).values())
+    before, *apart = _runs(net, [tasks, *measured], checker, budget.length, progress)
     clock.part("find")
     failing = [index for index, run in enumerate(before) if not run.verdict.passed]
-    found: dict[int, Search] = {}
-    for number, index in enumerate(failing):
-        progress("search", number, len(failing))
-        found[index] = search(net, tasks[index], checker, budget, seed + 1000 * index, canonical)
+    wanted, seeds = [tasks[index] for index in failing], [seed + SEEDS * index for index in failing]
+    found = dict(zip(failing, search(net, wanted, checker, budget, seeds, canonical, progress), strict=True))
     clock.part("search")
     reached = [index for index in failing if found[index].target is not None]
     worded = {index: reworded(tasks[index]) if others else {} for index in reached}
@@ -214,14 +250,12 @@ def fix(
         result = repair(net, failures, method, reference, progress, None, gate)
     clock.part("repair")
     changed = result is not None and result.patch is not None
-    after = runs(net, tasks, checker, budget.length, progress) if changed else before
-    again = {name: runs(net, group, checker, budget.length, progress) if changed else apart[name]
-             for name, group in (groups or {}).items()}  # fmt: skip
-    second = iter(
-        list(zip(first, runs(net, asked, checker, budget.length, progress) if changed else first, strict=True))
+    after, second, *again = (
+        _runs(net, [tasks, asked, *measured], checker, budget.length, progress) if changed else [before, first, *apart]
     )
     clock.part("execute")
-    pairs = {index: {rule: next(second) for rule in worded[index]} for index in reached}
+    both = zip(first, second, strict=True)
+    pairs = {index: {rule: next(both) for rule in worded[index]} for index in reached}
     reasons = dict(zip(reached, result.outcomes, strict=True)) if result else {}
     items = tuple(
         Item(
@@ -234,8 +268,16 @@ def fix(
         )
         for index, task in enumerate(tasks)
     )
-    joined = {name: tuple(zip(group, apart[name], again[name], strict=True)) for name, group in (groups or {}).items()}
-    return Fixed(items, result, joined, clock.seconds)
+    joined = [tuple(zip(*part, strict=True)) for part in zip(measured, apart, again, strict=True)]
+    return Fixed(items, result, dict(zip(groups or {}, joined, strict=True)), clock.seconds)
+
+
+def _runs(
+    net: Net, parts: Sequence[Sequence[Task]], checker: Checker, length: int, progress: Progress
+) -> list[list[Run]]:
+    """The runs of each part, all of them written and executed together."""
+    found = iter(runs(net, [task for part in parts for task in part], checker, length, progress))
+    return [list(islice(found, len(part))) for part in parts]
 
 
 def protected(task: Task, written: Written) -> Protected:

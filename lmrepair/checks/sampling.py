@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor
 
 from lmrepair.checks.tasks import Task
+from lmrepair.checks.writing import Choose, Prompt, write
 from lmrepair.errors import FailuresError
 from lmrepair.failures import prompt_ids
 from lmrepair.measure import decoder
 from lmrepair.model import Net, settled
-
-AT_ONCE = 16  # prompts side by side
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,31 @@ def write_greedy(
 ) -> list[Written]:
     """The greedy completion of each task, at most ``length`` tokens long.
 
-    Prompts of one length run side by side, so that nothing is padded. Raises FailuresError for a prompt that
-    fills the model's context.
+    Raises FailuresError for a prompt that fills the model's context.
     """
-    groups: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
-    for index, task in enumerate(tasks):
-        ids = prompt_ids(task.failure("?"), net.tokenizer)
-        groups.setdefault(len(ids), []).append((index, ids))
-    found: dict[int, Written] = {}
-    for group in groups.values():
-        for start in range(0, len(group), AT_ONCE):
-            part = group[start : start + AT_ONCE]
-            chosen = [tasks[index] for index, _ in part]
-            texts = _write(net, chosen, [ids for _, ids in part], length, 0.0, None)
-            found.update({index: text for (index, _), text in zip(part, texts, strict=True)})
-            if report is not None:
-                report(len(found), len(tasks))
-    return [found[index] for index in range(len(tasks))]
+    return _written(net, tasks, length, lambda _, logits: logits.argmax(dim=1), report)
 
 
-def write_samples(net: Net, task: Task, count: int, length: int, temperature: float, seed: int) -> list[Written]:
-    """``count`` completions of one task, sampled from the model's own distribution at a temperature above 0."""
-    ids = prompt_ids(task.failure("?"), net.tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    return _write(net, [task] * count, [ids] * count, length, temperature, generator)
+def write_samples(
+    net: Net, tasks: Sequence[Task], count: int, length: int, temperature: float, seeds: Sequence[int]
+) -> list[list[Written]]:
+    """``count`` completions of each task, sampled from the model's own distribution at a temperature above 0.
+
+    A task's samples follow from its own seed, whatever is written beside them.
+    """
+    drawn = [torch.rand(length, count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    shares = torch.cat(drawn, dim=1) if drawn else torch.empty(length, 0)
+    steps = [0] * (count * len(tasks))
+
+    def choose(rows: Sequence[int], logits: Tensor) -> Tensor:
+        chances = (logits.float().cpu() / temperature).softmax(dim=1).cumsum(dim=1)
+        share = 1 - torch.stack([shares[steps[row], row] for row in rows])
+        for row in rows:
+            steps[row] += 1
+        return torch.searchsorted(chances, share[:, None] * chances[:, -1:]).squeeze(1)
+
+    found = _written(net, [task for task in tasks for _ in range(count)], length, choose)
+    return [found[at * count : (at + 1) * count] for at in range(len(tasks))]
 
 
 def nats(net: Net, tasks: Sequence[Task], completions: Sequence[str]) -> list[float]:
@@ -71,72 +72,52 @@ def nats(net: Net, tasks: Sequence[Task], completions: Sequence[str]) -> list[fl
 
     Infinite where the tokenizer cannot write it, or the context has no room for it.
     """
-    found = []
-    for task, completion in zip(tasks, completions, strict=True):
+    found, items = [math.inf] * len(tasks), []
+    for index, (task, completion) in enumerate(zip(tasks, completions, strict=True)):
         try:
-            batches = net.batches(net.tokenize([task.failure(completion)]))
+            items.append((index, net.tokenize([task.failure(completion)])[0]))
         except FailuresError:
-            found.append(float("inf"))
             continue
+    if items:
         with settled(net.model):
-            found.append(float(net.prefer(batches).loss.double().sum()))
+            losses = net.prefer(net.batches([tokens for _, tokens in items])).loss.double()
+        parts = losses.split([len(tokens.target) for _, tokens in items])
+        for (index, _), part in zip(items, parts, strict=True):
+            found[index] = float(part.sum())
     return found
 
 
-def _write(
+def _written(
     net: Net,
     tasks: Sequence[Task],
-    prompts: Sequence[tuple[int, ...]],
     length: int,
-    temperature: float,
-    generator: torch.Generator | None,
+    choose: Choose,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[Written]:
-    """Token by token with the model's cache; a row that has ended is fed on and not looked at."""
-    context, wide = net.anatomy.context, len(prompts[0])
-    room = length if context is None else min(length, context - wide)
-    if room < 1:
-        raise FailuresError(f"task {tasks[0].id!r} takes {wide} tokens, which leaves no room for a completion")
-    ends, fed, cache = end_tokens(net), torch.tensor(prompts, device=net.device), None
-    made: list[list[int]] = [[] for _ in tasks]
-    done: list[Written | None] = [None] * len(tasks)
-    with settled(net.model), torch.inference_mode():
-        for step in range(room):
-            mask = torch.ones(len(tasks), wide + step, dtype=torch.long, device=net.device)
-            output = net.model(input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            chosen = _choose(output.logits[:, -1], temperature, generator)
-            for row, token in enumerate(chosen.tolist()):
-                if done[row] is None:
-                    done[row] = _step(net, tasks[row], prompts[row], made[row], token, token in ends)
-            if all(one is not None for one in done):
-                break
-            fed = chosen[:, None].to(net.device)
-    texts = [_text(net, prompt, ids) for prompt, ids in zip(prompts, made, strict=True)]
-    return [
-        one or Written(task.cut(text), "", len(ids))
-        for one, task, text, ids in zip(done, tasks, texts, made, strict=True)
-    ]
+    prompts = [prompt_ids(task.failure("?"), net.tokenizer) for task in tasks]
+    context, ends = net.anatomy.context, end_tokens(net)
+    for task, prompt in zip(tasks, prompts, strict=True):
+        if context is not None and len(prompt) >= context:
+            raise FailuresError(f"task {task.id!r} takes {len(prompt)} tokens, which leaves no room for a completion")
+
+    def ended(row: int, ids: list[int]) -> bool:
+        if ids[-1] in ends:
+            return True
+        text = _text(net, prompts[row], ids)
+        return tasks[row].end(text) < len(text)
+
+    made = write(net, prompts, length, choose, ended, report)
+    return [_closed(net, *row, ends) for row in zip(tasks, prompts, made, strict=True)]
 
 
-def _step(net: Net, task: Task, prompt: Sequence[int], made: list[int], token: int, end: bool) -> Written | None:
-    """Take on one token; what was written, if it ends here."""
-    if end:
-        return Written(task.cut(_text(net, prompt, made)), decoder(net)([token]), len(made) + 1)
-    made.append(token)
-    text = _text(net, prompt, made)
+def _closed(net: Net, task: Task, prompt: Prompt, ids: list[int], ends: frozenset[int]) -> Written:
+    """Written tokens as a completion and what closed it."""
+    if ids and ids[-1] in ends:
+        return Written(task.cut(_text(net, prompt, ids[:-1])), decoder(net)(ids[-1:]), len(ids))
+    text = _text(net, prompt, ids)
     at = task.end(text)
-    if at == len(text):
-        return None
     rest = text[at:]
-    return Written(text[:at], rest[: len(rest) - len(rest.lstrip("\n"))], len(made))
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The next tokens [B], from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(dim=1).cpu()
-    chances = (logits.float().cpu() / temperature).softmax(dim=1)
-    return torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    return Written(text[:at], rest[: len(rest) - len(rest.lstrip("\n"))], len(ids))
 
 
 def _text(net: Net, prompt: Sequence[int], ids: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.anatomy import weight as weight
+    from lmrepair.model.anatomy import not_finite as not_finite, weight as weight
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
     from lmrepair.model.digests import (
         Fingerprint as Fingerprint,

@@ -41,9 +41,11 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Sequence[str]
         heats: list[float] = []
         waiting = iter(rounds)
 
-        def samples(net: Net, task: Task, count: int, length: int, temperature: float, seed: int) -> list[Written]:
+        def samples(
+            net: Net, tasks: Sequence[Task], count: int, length: int, temperature: float, seeds: Sequence[int]
+        ) -> list[list[Written]]:
             heats.append(temperature)
-            return [Written(text, "\n", 3) for text in next(waiting, ("None",))]
+            return [[Written(text, "\n", 3) for text in next(waiting, ("None",))] for _ in tasks]
 
         monkeypatch.setattr(fixing, "write_samples", samples)
         return heats
@@ -53,11 +55,11 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Sequence[str]
 
 def test_temperatures_rise_until_some_sample_passes(net: Net, checker: Checker, sampled: Callable) -> None:
     heats = sampled([["0", "width"], ["height * width", "width * height", "0"]])
-    found = search(net, TASKS[0], checker, Budget(8, 600, (0.2, 0.7, 1.0), at_once=4))
+    (found,) = search(net, TASKS[:1], checker, Budget(12, 600, (0.2, 0.7, 1.0), at_once=4), [0])
     assert heats == [0.2, 0.7]
     assert found.source == "sample"
     assert found.temperature == 0.7
-    assert (found.passing, found.samples) == (2, 6)
+    assert (found.passing, found.samples) == (2, 8)
     likely = dict(zip(("height * width\n", "width * height\n"), fixing.nats(net, [TASKS[0]] * 2,
                   ["height * width\n", "width * height\n"]), strict=True))  # fmt: skip
     assert found.target == min(likely, key=lambda text: likely[text])
@@ -67,13 +69,23 @@ def test_temperatures_rise_until_some_sample_passes(net: Net, checker: Checker, 
 
 def test_without_a_passing_sample_the_given_solution_is_aimed_at(net: Net, checker: Checker, sampled: Callable) -> None:
     heats = sampled([["0"]])
-    found = search(net, TASKS[0], checker, Budget(4, 600, (0.5, 1.0), at_once=2))
+    (found,) = search(net, TASKS[:1], checker, Budget(4, 600, (0.5, 1.0), at_once=2), [0])
     assert (found.target, found.source, found.samples) == ("width * height\n", "canonical", 4)
     assert heats == [0.5, 1.0]
     heats.clear()
-    assert search(net, TASKS[0], checker, Budget(), canonical=True).source == "canonical"
+    assert search(net, TASKS[:1], checker, Budget(), [0], canonical=True)[0].source == "canonical"
     assert heats == []
-    assert search(net, TASKS[2], checker, Budget(0)).target is None
+    assert search(net, TASKS[2:], checker, Budget(0), [0])[0].target is None
+
+
+def test_tasks_are_looked_for_side_by_side_until_each_is_found_or_its_budget_spent(
+    net: Net, checker: Checker, sampled: Callable
+) -> None:
+    heats = sampled([["0"], ["1"], ["width * height"], ["2"], ["3"]])
+    area, far = search(net, [TASKS[0], TASKS[2]], checker, Budget(3, 600, (0.5, 1.0, 1.5), at_once=1), [0, 9])
+    assert heats == [0.5, 1.0, 1.5]
+    assert (area.target, area.temperature, area.samples) == ("width * height\n", 1.0, 2)
+    assert (far.target, far.samples, [text for text, _ in far.rejected]) == (None, 3, ["1", "2", "3"])
 
 
 def test_a_fix_repairs_in_execution_protects_what_passed_and_says_what_is_out_of_reach(

@@ -52,12 +52,34 @@ def test_line_ends_that_close_a_completion_belong_to_its_target(monkeypatch: pyt
 
 
 def test_samples_follow_their_seed_and_temperature(net: Net) -> None:
-    one, again = (write_samples(net, TASKS[0], 4, 10, 1.0, seed) for seed in (3, 3))
+    one, again = (write_samples(net, TASKS[:1], 4, 10, 1.0, [seed]) for seed in (3, 3))
     assert one == again
-    assert one != write_samples(net, TASKS[0], 4, 10, 1.0, 4)
-    assert len({text.completion for text in write_samples(net, TASKS[0], 6, 10, 5.0, 0)}) > 1
+    assert one != write_samples(net, TASKS[:1], 4, 10, 1.0, [4])
+    assert len({text.completion for text in write_samples(net, TASKS[:1], 6, 10, 5.0, [0])[0]}) > 1
     (greedy,) = write_greedy(net, TASKS[:1], 10)
-    assert {text.completion for text in write_samples(net, TASKS[0], 3, 10, 1e-4, 0)} == {greedy.completion}
+    assert {text.completion for text in write_samples(net, TASKS[:1], 3, 10, 1e-4, [0])[0]} == {greedy.completion}
+    assert write_samples(net, [], 3, 10, 1.0, []) == []
+
+
+def test_samples_are_the_same_whatever_is_written_beside_them(net: Net) -> None:
+    alone = [write_samples(net, [task], 3, 12, 1.0, [seed])[0] for seed, task in enumerate(TASKS)]
+    assert write_samples(net, TASKS, 3, 12, 1.0, range(len(TASKS))) == alone
+
+
+def test_tokens_come_as_often_as_the_model_says(net: Net) -> None:
+    count, heat = 4000, 1.5
+    (texts,) = write_samples(net, TASKS[:1], count, 1, heat, [5])
+    ids = torch.tensor([prompt_ids(TASKS[0].failure("?"), net.tokenizer)])
+    with torch.no_grad():
+        chances = (net.model(ids).logits[0, -1].double() / heat).softmax(dim=0)
+    likely = chances.topk(5)
+    for chance, token in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+        text = net.tokenizer.decode([*ids[0, -1:].tolist(), token])[len(net.tokenizer.decode(ids[0, -1:])) :]
+        same = [other for other in range(len(chances)) if other != token and net.tokenizer.decode([other]) == text]
+        if same or token in sampling.end_tokens(net):
+            continue
+        found = sum(one.completion == text for one in texts) / count
+        assert abs(found - chance) < 5 * math.sqrt(chance * (1 - chance) / count)
 
 
 def test_nats_are_the_cross_entropy_of_the_completion(net: Net) -> None:

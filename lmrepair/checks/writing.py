@@ -1,0 +1,137 @@
+"""Tokens written side by side: prompts of several lengths in one pass, rows that have ended left out of the next."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmrepair.errors import NotFiniteError
+from lmrepair.model import Net, not_finite, settled
+
+AT_ONCE = 32  # rows side by side
+TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
+PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
+
+Prompt = tuple[int, ...]
+Choose = Callable[[Sequence[int], Tensor], Tensor]
+Ended = Callable[[int, list[int]], bool]
+
+
+def write(
+    net: Net,
+    prompts: Sequence[Prompt],
+    length: int,
+    choose: Choose,
+    ended: Ended,
+    report: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """What follows each prompt: at most ``length`` tokens, and no more than the model's context has room for.
+
+    ``choose``: the next tokens [n] of some rows, from their logits [n, V]. ``ended``: whether a row's tokens are
+    all that is wanted of it. Equal prompts are read once. Where padding on the left is proved to change nothing,
+    prompts of several lengths run together, else only those of one length. Raises NotFiniteError where the model
+    puts out what nothing can be chosen from.
+    """
+    made: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
+    context, done = net.anatomy.context, 0
+    with settled(net.model), torch.inference_mode():
+        mixed = len(set(map(len, prompts))) > 1 and padding_is_unseen(net, min(prompts, key=len))
+        for rows in together(prompts, length, context, mixed):
+            wide = max(len(prompts[row]) for row in rows)
+            room = length if context is None else min(length, context - wide)
+            _write(net, {row: prompts[row] for row in rows}, room, choose, ended, made)
+            done += len(rows)
+            if report is not None:
+                report(done, len(prompts))
+    return list(made.values())
+
+
+def together(prompts: Sequence[Prompt], length: int, context: int | None, mixed: bool) -> Iterator[list[int]]:
+    """Rows that run together, the shortest first. ``mixed``: of several lengths, where the context has room for it."""
+    group: list[int] = []
+    for row in sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row], row)):
+        wide = len(prompts[row])
+        alike = mixed and (context is None or wide + length <= context)
+        fits = len(group) < AT_ONCE and wide * (len(group) + 1) <= TOKENS_AT_ONCE
+        if group and not (fits and (alike or wide == len(prompts[group[0]]))):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def padding_is_unseen(net: Net, prompt: Prompt) -> bool:
+    """Whether the model puts out the same logits behind a padded prompt, its last token read with the cache."""
+    if "position_ids" not in inspect.signature(net.model.forward).parameters:
+        return False
+    some = (prompt * PROOF)[:PROOF]
+    alone, _ = _read(net, *_padded([some], net.pad), None)
+    mask = torch.tensor([[0] * PROOF + [1] * len(some)])
+    ids = torch.tensor([[net.pad] * PROOF + list(some)])
+    _, cache = _read(net, ids[:, :-1], mask[:, :-1], None)
+    late, _ = _read(net, ids[:, -1:], mask, cache)
+    allowed = math.sqrt(torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+    return float((late - alone).abs().max()) <= allowed
+
+
+def _write(
+    net: Net, prompts: Mapping[int, Prompt], room: int, choose: Choose, ended: Ended, made: Mapping[int, list[int]]
+) -> None:
+    """One group, token by token with the model's cache."""
+    rows, different = list(prompts), list(dict.fromkeys(prompts.values()))
+    ids, mask = _padded(different, net.pad)
+    logits, cache = _read(net, ids, mask, None)
+    kept = torch.tensor([different.index(prompts[row]) for row in rows])
+    logits, mask = logits[kept.to(net.device)], mask[kept]
+    cache.batch_select_indices(kept.to(net.device))
+    for left in range(room - 1, -1, -1):
+        tokens = choose(rows, logits).cpu()
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            made[row].append(token)
+        kept = torch.tensor([at for at, row in enumerate(rows) if not ended(row, made[row])], dtype=torch.long)
+        if not left or not len(kept):
+            return
+        rows = [rows[at] for at in kept.tolist()]
+        mask = torch.cat([mask[kept], torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)
+        if len(rows) < len(tokens):
+            cache.batch_select_indices(kept.to(net.device))
+        logits, cache = _read(net, tokens[kept, None], mask, cache)
+
+
+def _read(net: Net, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits [n, V] behind the last of the tokens [n, t], and the cache; ``mask`` [n, T] is of all tokens so far."""
+    named: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(net.model.forward).parameters:
+        named["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(net.device)
+
+    def last(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][:, -1:], *given[1:])
+
+    handle = net.anatomy.head.register_forward_pre_hook(last)
+    try:
+        output = net.model(
+            input_ids=ids.to(net.device),
+            attention_mask=mask.to(net.device),
+            past_key_values=cache,
+            use_cache=True,
+            **named,
+        )
+    finally:
+        handle.remove()
+    logits: Tensor = output.logits[:, -1]
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise NotFiniteError(not_finite("", net.dtype))
+    return logits, output.past_key_values
+
+
+def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [n, T], padded on the left."""
+    wide = max(map(len, prompts))
+    ids = [[pad] * (wide - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor([[0] * (wide - len(prompt)) + [1] * len(prompt) for prompt in prompts])

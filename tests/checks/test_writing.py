@@ -1,0 +1,103 @@
+"""Side by side as alone: padding, equal prompts, rows that end early, the context's end, models that padding moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from oracle_models import net as tiny
+from torch import Tensor
+
+import lmrepair.checks.writing as writing
+from lmrepair import Net
+from lmrepair.checks.writing import padding_is_unseen, together, write
+from lmrepair.errors import NotFiniteError
+
+PROMPTS = [(0, 9, 12, 30, 41, 7), (0, 50), (0, 9, 12), (0, 50), (0, 33, 21, 8, 8, 8, 40, 12, 71, 5, 6)]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def net(request: pytest.FixtureRequest) -> Net:
+    return tiny(request.param)
+
+
+def best(_: Sequence[int], logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1)
+
+
+def until(length: Callable[[int], int]) -> Callable[[int, list[int]], bool]:
+    return lambda row, ids: len(ids) >= length(row)
+
+
+def alone(net: Net, prompt: Sequence[int], length: int) -> list[int]:
+    """Without cache and padding: the whole text is read again for every token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(length):
+            ids.append(int(net.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_rows_are_what_they_are_alone(net: Net, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert padding_is_unseen(net, PROMPTS[0])
+    if not mixed:
+        monkeypatch.setattr(writing, "padding_is_unseen", lambda *_: False)
+    seen: list[tuple[int, int]] = []
+    found = write(net, PROMPTS, 9, best, until(lambda row: 9 - 2 * row), lambda *done: seen.append(done))
+    assert found == [alone(net, prompt, 9 - 2 * row) for row, prompt in enumerate(PROMPTS)]
+    assert seen[-1] == (5, 5)
+    assert len(seen) == (1 if mixed else 4)
+
+
+def test_rows_that_have_ended_and_equal_prompts_cost_nothing(net: Net) -> None:
+    sizes: list[tuple[int, ...]] = []
+    handle = net.model.get_input_embeddings().register_forward_hook(lambda _, given, __: sizes.append(given[0].shape))
+    write(net, [(0, 50)] * 5, 4, best, until(lambda row: 4 if row == 2 else 1 + row % 2))
+    handle.remove()
+    assert sizes == [(1, 2), (3, 1), (1, 1), (1, 1)]
+
+
+def test_what_padding_moves_runs_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = tiny("gpt2")
+    inner = net.model.forward
+
+    def forward(input_ids: Tensor, position_ids: Tensor, **named: object) -> object:
+        held = named.get("past_key_values")
+        first = held.get_seq_length() if held is not None else 0  # type: ignore[attr-defined]
+        places = torch.arange(first, first + input_ids.shape[1])[None].expand_as(position_ids)
+        return inner(input_ids=input_ids, position_ids=places, **named)
+
+    monkeypatch.setattr(net.model, "forward", forward)
+    assert not padding_is_unseen(net, PROMPTS[0])
+    found = write(net, PROMPTS, 5, best, until(lambda _: 5))
+    monkeypatch.undo()
+    assert found == [alone(net, prompt, 5) for prompt in PROMPTS]
+
+
+def test_groups_hold_what_fits() -> None:
+    prompts = [(1,) * length for length in (5, 3, 3, 9, 4)]
+    assert list(together(prompts, 4, None, True)) == [[1, 2, 4, 0, 3]]
+    assert list(together(prompts, 4, None, False)) == [[1, 2], [4], [0], [3]]
+    assert list(together(prompts, 4, 9, True)) == [[1, 2, 4, 0], [3]]
+    assert [len(group) for group in together([(1,)] * 70, 4, None, True)] == [32, 32, 6]
+    assert [len(group) for group in together([(1,) * 3000] * 3, 4, None, True)] == [1, 1, 1]
+    assert list(together([], 4, None, True)) == []
+
+
+def test_the_context_ends_what_is_written() -> None:
+    net = tiny("gpt2")
+    context = net.anatomy.context
+    assert context is not None
+    long = (0, *[5] * (context - 4))
+    found = write(net, [long, (0, 50)], 9, best, until(lambda _: 9))
+    assert [len(ids) for ids in found] == [3, 9]
+    assert found[1] == alone(net, (0, 50), 9)
+
+
+def test_logits_that_are_no_numbers_are_refused(net: Net) -> None:
+    with torch.no_grad():
+        net.columns(0)[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="no finite numbers"):
+        write(net, PROMPTS, 3, best, until(lambda _: 3))
