@@ -44,7 +44,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "cli.faults": "verdicts memory",
     "cli.output": "console clock bars render render_measures render_doctor",
     "cli.fix": "outcomes commands",
-    "bench.report": "results figures tables plots page",
+    "bench.report": "results figures tables plots sheet fixes fix_page page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

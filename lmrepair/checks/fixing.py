@@ -137,6 +137,7 @@ def search(
     share = -(-budget.samples // len(budget.temperatures))
     counts = [min(budget.at_once, share - at) for at in range(0, share, budget.at_once)]
     rounds = () if canonical else [(heat, count) for heat in budget.temperatures for count in counts]
+    progress("search", 0, len(hunts))
     for heat, most in rounds:
         going = [one for one in hunts if not one.passing and one.seconds <= budget.seconds]
         progress("search", len(hunts) - len(going), len(hunts))

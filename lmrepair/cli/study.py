@@ -24,7 +24,9 @@ Executor = Annotated[str, typer.Option(help="local, or ray: the cluster that RAY
 Threads = Annotated[int, typer.Option(min=0, help="Threads of each job; 0: the machine's processors shared out.")]
 Only = Annotated[str | None, typer.Option(metavar="TEXT", help="Only cells that have this in their name.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure cells that are done once more.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="What lmrepair bench wrote.")]
+Found = Annotated[
+    Path, typer.Argument(metavar="RESULTS", help="The folder of a bench; what fix --json printed, or a folder of such.")
+]
 Html = Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")]
 Views = Annotated[int, typer.Option(min=0, help="Failures shown token by token, for each model and task.")]
 
@@ -64,12 +66,12 @@ def bench(
     raise typer.Exit(1 if summary.failed else 0)
 
 
-def report(folder: Folder, output: Html = Path("report.html"), views: Views = 20, as_json: Json = False) -> None:
-    """Make one self-contained HTML page of a bench's results."""
+def report(results: Found, output: Html = Path("report.html"), views: Views = 20, as_json: Json = False) -> None:
+    """Make one self-contained HTML page of the results of ``bench`` or of ``fix``."""
     from lmrepair.bench.report import write_report
 
-    cells = write_report(folder, output, views)
+    count = write_report(results, output, views)
     if as_json:
-        say_json({"cells": cells, "output": str(output), "bytes": output.stat().st_size})
+        say_json({"results": count, "output": str(output), "bytes": output.stat().st_size})
     else:
-        say(f"{cells} cells → {visible(str(output), None)}")
+        say(f"{count} results → {visible(str(output), None)}")

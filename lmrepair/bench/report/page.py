@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lmrepair.bench.report.figures import groups, worst_first
+from lmrepair.bench.report.fix_page import fix_page
+from lmrepair.bench.report.fixes import is_fix, read_fixes
 from lmrepair.bench.report.plots import Plot, costs, curves, heat_maps, pareto
 from lmrepair.bench.report.results import Result, by_group, read_results
+from lmrepair.bench.report.sheet import filled
 from lmrepair.bench.report.tables import (
     Table,
     cumulative,
@@ -63,37 +65,32 @@ class View:
     lines: tuple[tuple[str, str, tuple[Piece, ...]], ...]
 
 
-def write_report(folder: str | Path, output: str | Path, views: int = TOKEN_VIEWS) -> int:
-    """Write the report of a folder of results; the number of cells in it.
+def write_report(source: str | Path, output: str | Path, views: int = TOKEN_VIEWS) -> int:
+    """Write the report of a folder of results, of a bench or of ``fix``, or of one result of ``fix``; how many.
 
-    Raises ResultsError for a folder without sound results, UsageError where the extra ``bench`` is missing
+    Raises ResultsError for a source without sound results, UsageError where the extra ``bench`` is missing
     or the page has no place to go.
     """
-    output = Path(output)
+    source, output = Path(source), Path(output)
     if output.is_dir():
         raise UsageError(f"{output} is a folder; expected the HTML file to write")
-    results = read_results(folder)
-    write_atomically(output, page(results, views).encode("utf-8", "backslashreplace"))
-    return len(results)
+    files = [source] if source.is_file() else sorted(source.glob("*.json"))
+    if files and (source.is_file() or is_fix(files[0])):
+        fixes = read_fixes(files)
+        count, text = len(fixes), fix_page(fixes)
+    else:
+        results = read_results(source)
+        count, text = len(results), page(results, views)
+    write_atomically(output, text.encode("utf-8", "backslashreplace"))
+    return count
 
 
 def page(results: Sequence[Result], views: int = TOKEN_VIEWS) -> str:
     """The report as HTML. Everything that came from a prompt, a model or a grid is escaped."""
-    try:
-        from jinja2 import DictLoader, Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise UsageError("the report needs Jinja2, which is not installed; pip install 'lmrepair[bench]'") from error
-    folder = files("lmrepair") / "bench" / "report"
-    sources = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css")}
-    environment = Environment(
-        loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    # Both are ours: the style sheet ships, the SVG was drawn by a library that escapes its labels.
-    environment.filters["drawn"] = Markup
     done = [result for result in results if not result.error]
-    text: str = environment.get_template("page.html").render(
-        style=Markup(sources["page.css"]),
+    return filled(
+        "page.html",
+        ("page.css",),
         grids=sorted({result.grid for result in results}),
         facts=_facts(done),
         sections=[section for section in _sections(done) if section.tables or section.plots],
@@ -102,7 +99,6 @@ def page(results: Sequence[Result], views: int = TOKEN_VIEWS) -> str:
         settings=_settings(done),
         shown=views,
     )
-    return text
 
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
