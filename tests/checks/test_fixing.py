@@ -143,6 +143,20 @@ def test_the_command_fix(run: Run, tmp_path: Path, checker: Checker) -> None:
     assert item["target"] == {"text": "width * height\n", "source": "canonical", "nats": item["target"]["nats"]}
     assert item["after"]["outcome"]["kind"] == "passed"
     assert set(data) >= {"drift", "cost", "gate", "other_wordings", "sandbox", "model"}
+    item["target"]["text"] = "height * width\n"
+    (tmp_path / "earlier.json").write_text(json.dumps(data), encoding="utf-8")
+    code, out, _ = run(
+        "fix", path, "--answers", tmp_path / "earlier.json", "--length", 24, "--max-kl", "inf", "--json", "--output",
+        "b.st", "--limit", 1, "--method", "finetune",
+    )  # fmt: skip
+    again = json.loads(out)
+    assert (code, again["method"], again["cost"]["samples"], again["repaired"]) == (0, "finetune", 0, 1)
+    assert again["items"][0]["after"]["completion"] == "height * width"
+    for content, said in (("{", "found no result of fix (JSONDecodeError"), ('{"items": []}', "found no answers")):
+        (tmp_path / "x.json").write_text(content, encoding="utf-8")
+        code, _, err = run("fix", path, "--answers", tmp_path / "x.json")
+        assert code == 2
+        assert said in err
 
 
 def test_the_command_check(run: Run, tmp_path: Path, checker: Checker) -> None:

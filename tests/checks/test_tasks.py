@@ -118,9 +118,13 @@ def test_files_plain_and_gzipped(tmp_path: Path) -> None:
         read_tasks(path)
 
 
-def test_the_committed_tasks_are_120_with_other_wordings_of_half() -> None:
-    repair, held, words = (read_tasks(BENCHMARKS / f"{n}.jsonl") for n in ("repair", "held_out", "wordings"))
+@pytest.mark.parametrize(("prefix", "count"), [("", 60), ("easy_", 40)])
+def test_the_committed_tasks_come_with_other_wordings_and_as_many_held_out(prefix: str, count: int) -> None:
+    repair, held, words = (read_tasks(BENCHMARKS / f"{prefix}{n}.jsonl") for n in ("repair", "held_out", "wordings"))
     names = {one.entry_point for one in (*repair, *held)}
-    assert len(repair) + len(held) == len(names) == 120
+    assert len(repair) == len(held) == count
+    assert len(names) == 2 * count
     assert {one.id for one in words} == {one.id for one in repair}
     assert not {one.entry_point for one in words} & names
+    for one in (*repair, *held, *words):
+        exec(one.program(one.canonical) + one.tests, {})  # noqa: S102 - ours; a test that fails raises

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,9 @@ _RUN = "Execution"
 _AIM = "The answer aimed at"
 Tasks = Annotated[Path, typer.Argument(metavar="TASKS", help="HumanEval, MBPP, or prompt with check (docs/fix.md).")]
 Canonical = Annotated[bool, typer.Option("--canonical", help="Given solutions instead of the model's own samples.")]
+Answers = Annotated[
+    Path | None, typer.Option(metavar="FIX.json", help="Aim at what an earlier fix --json aimed at; no sampling.")
+]
 Completions = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Check these (task_id, completion) instead of a model's.")
 ]
@@ -128,6 +132,7 @@ def fix(
     wordings: Reworded = None,
     method: Named = DEFAULT,
     canonical: Canonical = False,
+    answers: Answers = None,
     samples: Samples = 32,
     seconds: Seconds = 120.0,
     temperatures: Heat = "0.3,0.6,0.9,1.2",
@@ -145,6 +150,9 @@ def fix(
     refuse_unwritable(target, False)
     heat = _temperatures(temperatures)
     rows = read_tasks(tasks, limit)
+    if answers is not None:
+        aims = _aims(answers)
+        rows = [replace(task, canonical=aims.get(task.id, task.canonical)) for task in rows]
     groups = {} if held_out is None else {"held_out": read_tasks(held_out)}
     if wordings is not None:
         ids = {task.id for task in rows}
@@ -159,7 +167,7 @@ def fix(
     with progress_bars() as progress:
         result = repair_tasks(
             net, rows, checker, budget, chosen, gate, read_reference(reference), groups,
-            canonical=canonical, seed=loading.seed, progress=progress,
+            canonical=canonical or answers is not None, seed=loading.seed, progress=progress,
         )  # fmt: skip
     patch = result.repair.patch if result.repair is not None else None
     if patch is not None:
@@ -189,6 +197,21 @@ def _temperatures(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--temperatures {text!r}: expected numbers as in 0.3,0.6,0.9") from error
+
+
+def _aims(path: Path) -> dict[str, str]:
+    """Task → the answer that an earlier result of ``fix`` aimed at."""
+    try:
+        items = json.loads(path.read_bytes())["items"]
+        found = {item["id"]: item["target"]["text"] for item in items if item["target"] is not None}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path}: found no result of fix ({type(error).__name__}: {error}); expected what "
+                         "lmrepair fix --json prints") from error  # fmt: skip
+    if not found or not all(isinstance(part, str) for pair in found.items() for part in pair):
+        raise UsageError(f"{path}: found no answers in it; expected what lmrepair fix --json prints")
+    return found
 
 
 def _given(path: Path, tasks: Sequence[Task]) -> list[str]:
