@@ -73,10 +73,10 @@ def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
     text = said(html)
     for part in (
         "lmrepair fix: one", "2 before, 3 after, of 5; 1 broken", "2 of 2 in reach, 1 out of reach",
-        "1 own samples, 1 given solutions; 16 samples", "KL 0.00123 nats per token, 98.77% of top tokens unchanged",
+        "1 own sample, 1 given solution; 16 samples taken", "KL 0.00123 nats per token, 98.77% of top tokens unchanged",
         "46,080 neurons, 31.3 MB", "own repaired", "given repaired", "kept passed before and after", "broken broken",
         "far out of reach", "✗ ValueError", "the model’s own sample at temperature 0.6, 3.2 nats; 2 passing among 8",
-        "the given solution, 9.0 nats; none of 8 samples passes", "user: please", "1 completions rejected",
+        "the given solution, 9.0 nats; none of 8 samples passes", "user: please", "1 completion rejected",
         "held-out tasks 4 1 3 −25.0", "reworded by rule 4 1 3 +50.0 ▲", "+25.0 to +75.0", "find 10.0 s 25%",
         "all 40.0 s 56 forward equivalents", "python 0.00200 go 0.00010",
     ):  # fmt: skip

@@ -119,7 +119,7 @@ def _facts(fix: Fix) -> list[tuple[str, str]]:
     counts, cost = fix.counts, fix.cost
     reach, before, after = (counts[key] for key in ("in_reach", "passing_before", "passing_after"))
     own = sum(task.aim is not None and task.aim.source == "sample" for task in fix.tasks)
-    out = counts["tasks"] - before - reach
+    out, taken = counts["tasks"] - before - reach, _many(cost.get("samples", 0), "sample")
     facts = [
         ("model", fix.model),
         ("method", fix.method),
@@ -128,13 +128,17 @@ def _facts(fix: Fix) -> list[tuple[str, str]]:
             f"{before} before, {counts['passing_after']} after, of {counts['tasks']}; {counts['broken']} broken",
         ),
         ("repaired", f"{counts['repaired']} of {reach} in reach, {out} out of reach"),
-        ("aimed at", f"{own} own samples, {reach - own} given solutions; {cost.get('samples', 0):.0f} samples"),
+        ("aimed at", f"{_many(own, 'own sample')}, {_many(reach - own, 'given solution')}; {taken} taken"),
     ]
     if fix.drift:
         agreement = f"{fix.drift['agreement']:.2%} of top tokens unchanged, over {fix.drift['tokens']:.0f} tokens"
         facts.append(("drift", f"KL {number(fix.drift['kl'], KL)} nats per token, {agreement}"))
     facts.append(("patch", f"{cost.get('neurons', 0):,.0f} neurons, {cost.get('bytes', 0) / 1e6:.1f} MB"))
     return [*facts, ("sandbox", fix.sandbox)]
+
+
+def _many(count: float, what: str) -> str:
+    return f"{count:.0f} {what}" + ("" if count == 1 else "s")
 
 
 def _tables(fix: Fix) -> list[tuple[str, Table]]:
