@@ -83,13 +83,16 @@ def padding_is_unseen(net: Net, prompt: Prompt) -> bool:
 def _write(
     net: Net, prompts: Mapping[int, Prompt], room: int, choose: Choose, ended: Ended, made: Mapping[int, list[int]]
 ) -> None:
-    """One group, token by token with the model's cache."""
+    """One group, token by token with the model's cache.
+
+    ``reorder_cache`` is what every kind of layer has that picks rows: those of linear attention have no other.
+    """
     rows, different = list(prompts), list(dict.fromkeys(prompts.values()))
     ids, mask = _padded(different, net.pad)
     logits, cache = _read(net, ids, mask, None)
     kept = torch.tensor([different.index(prompts[row]) for row in rows])
     logits, mask = logits[kept.to(net.device)], mask[kept]
-    cache.batch_select_indices(kept.to(net.device))
+    cache.reorder_cache(kept.to(net.device))
     for left in range(room - 1, -1, -1):
         tokens = choose(rows, logits).cpu()
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -100,7 +103,7 @@ def _write(
         rows = [rows[at] for at in kept.tolist()]
         mask = torch.cat([mask[kept], torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)
         if len(rows) < len(tokens):
-            cache.batch_select_indices(kept.to(net.device))
+            cache.reorder_cache(kept.to(net.device))
         logits, cache = _read(net, tokens[kept, None], mask, cache)
 
 

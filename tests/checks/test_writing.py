@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from oracle_models import net as tiny
+from oracle_models import net as tiny, tokenizer
 from torch import Tensor
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import lmrepair.checks.writing as writing
 from lmrepair import Net
@@ -101,3 +102,15 @@ def test_logits_that_are_no_numbers_are_refused(net: Net) -> None:
         net.columns(0)[0] = float("nan")
     with pytest.raises(NotFiniteError, match="no finite numbers"):
         write(net, PROMPTS, 3, best, until(lambda _: 3))
+
+
+def test_layers_with_a_state_in_place_of_keys_run_side_by_side_too() -> None:
+    config = Lfm2Config(
+        vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8, pad_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Net(Lfm2ForCausalLM(config).eval(), tokenizer())
+    found = write(net, PROMPTS, 6, best, until(lambda row: 6 - row))
+    assert found == [alone(net, prompt, 6 - row) for row, prompt in enumerate(PROMPTS)]
