@@ -31,9 +31,9 @@ ROOMS = {
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
-    "model.anatomy": "stacks products mixtures probe norm projections places",
+    "model.anatomy": "shards stacks products mixtures probe norm projections places",
     "model.edit": "sparse_integers products changes trial",
-    "model.loading": "checkpoint consent header gguf_file opening",
+    "model.loading": "cutting checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums cache",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",

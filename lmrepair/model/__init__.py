@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.anatomy import not_finite as not_finite, weight as weight
+    from lmrepair.model.anatomy import not_finite as not_finite, rows as rows, weight as weight, whole as whole
     from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
     from lmrepair.model.digests import (
         Fingerprint as Fingerprint,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         uninterrupted as uninterrupted,
     )
     from lmrepair.model.head import Head as Head
-    from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly
+    from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly, ranks as ranks
     from lmrepair.model.moments import (
         Asked as Asked,
         Inverse as Inverse,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmrepair.model.anatomy import here, whole
 from lmrepair.model.net import Net
 
 CHUNK = 1 << 26  # bytes hashed, and copied from a device, at once; of a model with fewer, no part is worth a thread
@@ -32,21 +33,23 @@ class Fingerprint:
 
 
 def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
-    """The fingerprint of a net without the neurons ``changed`` (layer → indices [k])."""
-    projections = {stack.stored.data_ptr() for place in net.anatomy.ffns for stack in place.stacks}
+    """The fingerprint of a net without the neurons ``changed`` (layer → indices [k]).
+
+    Of a model in shards, every rank has to ask for it: it is that of the whole.
+    """
+    projections = {stack.local.data_ptr() for place in net.anatomy.ffns for stack in place.stacks}
     body = {
         name: tensor
         for name, tensor in net.model.state_dict().items()
-        if isinstance(tensor, Tensor) and tensor.data_ptr() not in projections
+        if isinstance(tensor, Tensor) and here(tensor).data_ptr() not in projections
     }
     size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
     with ThreadPoolExecutor() as pool:
-        each: Any = map if size < CHUNK else pool.map
-        parts = each(lambda item: f"{item[0]} {digest(item[1])}", sorted(body.items()))
+        each: Any = map if size < CHUNK or net.in_shards else pool.map  # ranks put shards together in one order
+        parts = list(each(lambda item: f"{item[0]} {digest(whole(item[1]))}", sorted(body.items())))
         layers = each(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
-        whole = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         experts = {at: place.groups for at, place in enumerate(net.anatomy.ffns) if not place.dense}
-        return Fingerprint(whole, tuple(layers), experts)
+        return Fingerprint(hashlib.sha256("\n".join(parts).encode()).hexdigest(), tuple(layers), experts)
 
 
 def layer_digest(net: Net, layer: int, changed: Tensor | None = None) -> str:

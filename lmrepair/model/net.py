@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.failures import Failure, Tokens, tokenize
-from lmrepair.model.anatomy import Anatomy, altered, find, first_infinite, not_finite, seen, weight
+from lmrepair.model.anatomy import Anatomy, altered, find, first_infinite, in_shards, not_finite, seen, weight
 from lmrepair.model.batches import Batch, Inputs, Preference, Reading, Sites, Watched
 from lmrepair.model.source import Source
 
@@ -32,7 +32,8 @@ class Net:
     """A causal language model ready to be read and repaired.
 
     Holds no state of its own beside what it was made from; ``name`` is how results refer to it, ``source``
-    where it came from, ``placing_seconds`` how long its parts were looked for.
+    where it came from, ``placing_seconds`` how long its parts were looked for, ``in_shards`` whether its weights
+    lie on several ranks, all of which run the same code.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "", source: Source | None = None) -> None:
@@ -41,6 +42,7 @@ class Net:
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
         self.source = source or Source()
+        self.in_shards = in_shards(model)
         began = time.perf_counter()
         with settled(model):
             self.anatomy: Anatomy = find(model)
@@ -60,6 +62,7 @@ class Net:
 
     @property
     def device(self) -> torch.device:
+        """Where the head is. A layer may lie elsewhere: what is read of it, and is written to it, comes and goes."""
         return weight(self.anatomy.head).device
 
     @property
@@ -85,7 +88,7 @@ class Net:
 
     def columns(self, layer: int) -> Tensor:
         """The neurons of a layer, [m, d], to be read: a view of a dense layer's, a copy of a mixture's."""
-        return self.anatomy.ffns[layer].neurons()
+        return self.anatomy.ffns[layer].neurons().to(self.device)
 
     def every_site(self) -> Sites:
         return Sites({layer: torch.arange(width) for layer, width in enumerate(self.widths)})
@@ -150,7 +153,7 @@ class Net:
         states: list[Tensor] = []
 
         def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            states.append(given[0].reshape(-1, given[0].shape[-1])[chosen][None])
+            states.append(given[0].reshape(-1, given[0].shape[-1]).to(self.device)[chosen][None])
             return (states[0][:, :shown], *given[1:])
 
         handle = self.anatomy.head.register_forward_pre_hook(choose)
@@ -231,13 +234,14 @@ class Net:
 
         def ran(layer: int, read: Callable[[], Tensor], output: Tensor, fed: bool) -> Tensor:
             form = tuple(shape)
-            inputs.made[layer] = lambda: read().reshape(*form, -1)
-            outputs[layer] = output.reshape(*form, -1)
+            inputs.made[layer] = lambda: read().reshape(*form, -1).to(self.device)
+            outputs[layer] = output.reshape(*form, -1).to(self.device)
             if not torch.is_grad_enabled():
-                return outputs[layer]
+                return output
             if not fed:
                 outputs[layer] = outputs[layer].detach().requires_grad_()
-            return outputs[layer].clone()  # what is differentiated by must not be changed in place by a residual add
+            # What is differentiated by must not be changed in place by a residual add.
+            return outputs[layer].to(output.device, copy=True)
 
         with ExitStack() as hooks:
             hooks.callback(self.model.register_forward_pre_hook(started, with_kwargs=True).remove)
@@ -248,7 +252,11 @@ class Net:
     @contextmanager
     def altered(self, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """A layer's FFN puts out ``change`` of its output [B·T, d] for the length of a block."""
-        with altered(self.anatomy.ffns[layer], change):
+
+        def here(output: Tensor) -> Tensor:
+            return change(output.to(self.device)).to(output.device)
+
+        with altered(self.anatomy.ffns[layer], here):
             yield
 
     def generate(self, tokens: Sequence[Tokens]) -> list[tuple[int, ...]]:

@@ -190,7 +190,7 @@ def _states(net: Net, layer: int) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def ran(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.append((output[0] if isinstance(output, tuple) else output).to(net.device))
 
     path = net.anatomy.names[layer].split(".")
     place = next(

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lmrepair.model import Net, weight
+from lmrepair.model import Net, weight, whole
 
 ROWS_AT_ONCE = 8192
 
@@ -28,7 +28,7 @@ class Bases:
     @staticmethod
     def of(net: Net, gain: bool = False) -> Bases:
         """Of a net's head; with ``gain``, as the state before the final norm's gain sees it (U·diag γ)."""
-        head = weight(net.anatomy.head)
+        head = whole(weight(net.anatomy.head))
         scale = net.anatomy.gain.double() if gain else torch.ones(net.hidden, dtype=torch.float64)
         return Bases(head, scale.to(head.device))
 

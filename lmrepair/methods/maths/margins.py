@@ -94,7 +94,8 @@ def read_margins(
             (slope,) = torch.autograd.grad(value.sum(), states, retain_graph=True)
             outputs = [watched.outputs[layer] for layer in sites.layers]
             inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
-            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, sites.layers == (last,))
+            alone = sites.layers == (last,)
+            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, alone, net)
     joint = Preference.join(preferences)
     return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
 
@@ -124,10 +125,14 @@ def _factors(
     sites: Sites,
     first: int,
     last: bool,
+    net: Net,
 ) -> list[Factors]:
     """The factors of a batch's failures; ``last`` where the last layer alone is written to."""
     owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
-    joined = _at_own(batch, owned, slope, states, outputs[0]) if last else _passes(owned, slope, states, outputs)
+    if last:
+        joined = _at_own(batch, owned, slope, states, outputs[0])
+    else:
+        joined = _passes(owned, slope, states, outputs, not net.in_shards)
     found = []
     for index, own in enumerate(owned):
         if not len(own):
@@ -148,13 +153,16 @@ def _factors(
     return found
 
 
-def _passes(owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _passes(
+    owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Sequence[Tensor], batched: bool
+) -> list[Tensor]:
     """For each layer, slopes [turns, B, T, d]: turn r is about the r-th open row of every failure.
 
-    Failures share no positions, so their first open rows go into one backward pass, their second into the next.
+    Failures share no positions, so their first open rows go into one backward pass, their second into the next;
+    ``batched``, many passes run as one, which shards do not know.
     """
     turns = max(len(own) for own in owned)
-    together = max(1, SLOPES_AT_ONCE // sum(output.numel() for output in outputs))
+    together = max(1, SLOPES_AT_ONCE // sum(output.numel() for output in outputs)) if batched else 1
     slopes: list[list[Tensor]] = [[] for _ in outputs]
     for begin in range(0, turns, together):
         count = min(together, turns - begin)
@@ -163,10 +171,14 @@ def _passes(owned: Sequence[Tensor], slope: Tensor, states: Tensor, outputs: Seq
             for turn, row in enumerate(own[begin : begin + count].tolist()):
                 seeds[turn, 0, row] = slope[0, row]
         made = torch.autograd.grad(
-            states, outputs, grad_outputs=seeds, is_grads_batched=True, retain_graph=begin + count < turns
+            states,
+            outputs,
+            grad_outputs=seeds if batched else seeds[0],
+            is_grads_batched=batched,
+            retain_graph=begin + count < turns,
         )
         for kept, part in zip(slopes, made, strict=True):
-            kept.append(part)
+            kept.append(part if batched else part[None])
     return [torch.cat(parts) for parts in slopes]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmrepair.model import Net, Preference, weight
+from lmrepair.model import Net, Preference, rows, weight
 
 ALIKE = 1e-3  # of the largest value: where the tail and the model agree
 
@@ -44,8 +44,7 @@ class Tail:
             seen = norm(states[None])
         with torch.no_grad():
             preference = Preference.of(head(seen)[0], self.wanted)
-            rows = weight(head)
-            ahead = rows[self.wanted] - rows[preference.rival]
+            ahead = rows(weight(head), self.wanted) - rows(weight(head), preference.rival)
         (slopes,) = torch.autograd.grad(seen, states, ahead[None].to(seen))
         return preference, slopes.float()
 
@@ -69,7 +68,7 @@ def states_before_norm(net: Net) -> Iterator[list[Tensor]]:
     norm = net.anatomy.norm
 
     def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found.append(given[0].detach())
+        found.append(given[0].detach().to(net.device))
 
     handle = norm.register_forward_pre_hook(keep) if norm is not None else None
     try:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find, not_finite as not_finite
     from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
     from lmrepair.model.anatomy.products import altered as altered, seen as seen
+    from lmrepair.model.anatomy.shards import (
+        agreed as agreed,
+        here as here,
+        in_shards as in_shards,
+        rows as rows,
+        whole as whole,
+    )
     from lmrepair.model.anatomy.stacks import Place as Place
 
 __getattr__, __dir__ = door(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -93,6 +94,11 @@ def _refuse_uneditable(model: nn.Module) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError("the model is an encoder-decoder; expected a decoder-only causal language model")
     advice = "quantised weights cannot be patched: load the float checkpoint, or a GGUF file"
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ModelError(
+            "the model's weights are put together only while each part runs (FSDP); expected them whole, or in shards "
+            'that run as they are: lmrepair.load(folder, shards="tensor")'
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or getattr(parameter, "_hf_hook", None) is not None:
             raise ModelError(f"{name} is offloaded; an edit would do nothing: load the model whole on one device")

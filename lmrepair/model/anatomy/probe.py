@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lmrepair.errors import ModelError
 from lmrepair.model.anatomy.mixtures import is_matrix, mixtures
+from lmrepair.model.anatomy.shards import still
 
 LENGTH, POSITION = 8, 3  # of the probe, and where it is nudged
 NUDGE = 4.0  # in units of the root mean square of what is nudged
@@ -35,8 +36,8 @@ class Seen:
 
 def weight(module: nn.Module) -> Tensor:
     """A module's weight, as stored, without gradients."""
-    found: Tensor = module.weight.detach()  # type: ignore[operator]
-    return found
+    found: Any = module.weight
+    return still(found)
 
 
 class Probe:

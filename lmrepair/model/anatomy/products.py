@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,12 +57,13 @@ class Routed:
         found = []
         for at, stack in enumerate(self.place.stacks):
             kind = torch.promote_types(stack.stored.dtype, torch.float32)
-            z = torch.zeros(self.count * stack.experts, stack.width, dtype=kind, device=stack.stored.device)
+            experts = len(_experts(stack.local))
+            z = torch.zeros(self.count * experts, stack.width, dtype=kind, device=stack.stored.device)
             for product, tokens, weights in zip(self.products, self.tokens, self.weights, strict=True):
                 if product.stack == at:
                     rows = product.rows.to(kind) * weights[:, None].to(kind)
-                    z.index_add_(0, tokens * stack.experts + product.experts, rows)
-            found.append(z.reshape(self.count, -1))
+                    z.index_add_(0, tokens * experts + product.experts, rows)
+            found.append(stack.joined_experts(z.reshape(self.count, experts, -1), 1).reshape(self.count, -1))
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
@@ -75,7 +77,7 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.found: list[Product] = []
         self.fed = False
-        self._stacks = [(stack, stack.stored) for stack in stacks]
+        self._stacks = [(stack, stack.local) for stack in stacks]
         self._copies: dict[int, tuple[int, Tensor, Tensor]] = {}  # storage → stack, experts by row, and the copy
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +94,7 @@ class Products(TorchFunctionMode):
 
     def _known(self, value: Tensor) -> tuple[int, Tensor | None] | None:
         """Which stack a tensor is a part of, and whose matrices it holds [n]; None: those of all experts."""
-        if not value.is_floating_point() or value.dim() < 2:
+        if not value.is_floating_point() or value.dim() < 2 or isinstance(value, DTensor):
             return None
         storage = value.untyped_storage().data_ptr()
         if storage in self._copies:
@@ -118,14 +120,14 @@ class Products(TorchFunctionMode):
         if not rows:
             if made.numel() % (width * hidden) == 0 and made.dim() > 1:
                 # A copy, of all matrices or of those that an index names.
-                every = torch.arange(stack.experts, device=value.device) if experts is None else experts
+                every = _experts(stored) if experts is None else experts
                 chosen = [one for one in whole if one.dim() == 1 and len(one) * width * hidden == made.numel()]
                 named = every[chosen[0].long()] if chosen else every
                 self._copies[made.untyped_storage().data_ptr()] = (at, named, made)
             return made
         given = rows[0]
         count = given.numel() // width
-        by_row = self._by_row(stack, experts, whole, count)
+        by_row = self._by_row(_experts(stored), experts, whole, count)
         if by_row is None:
             return made
         self.fed = self.fed or made.requires_grad
@@ -134,16 +136,21 @@ class Products(TorchFunctionMode):
         return kept.clone()  # what follows may add to it in place
 
     @staticmethod
-    def _by_row(stack: Stack, experts: Tensor | None, whole: Sequence[Tensor], count: int) -> Tensor | None:
+    def _by_row(every: Tensor, experts: Tensor | None, whole: Sequence[Tensor], count: int) -> Tensor | None:
         """The expert of every row: groups of rows end where an index says, or all experts have as many."""
         if experts is None:
-            ends = [one for one in whole if one.dim() == 1 and len(one) == stack.experts]
+            ends = [one for one in whole if one.dim() == 1 and len(one) == len(every)]
             if ends:
                 device = ends[0].device
                 found = torch.searchsorted(ends[0].long(), torch.arange(count, device=device), right=True)
-                return found.clamp(max=stack.experts - 1)
-            experts = torch.arange(stack.experts, device=stack.stored.device)
+                return found.clamp(max=len(every) - 1)
+            experts = every
         return experts.repeat_interleave(count // len(experts)) if count % len(experts) == 0 else None
+
+
+def _experts(stored: Tensor) -> Tensor:
+    """The numbers of the matrices in a parameter, as far as it lies here."""
+    return torch.arange(len(stored) if stored.dim() == 3 else 1, device=stored.device)
 
 
 def routed(place: Place, products: Sequence[Product], output: Tensor, hidden: int) -> Routed:
@@ -182,7 +189,7 @@ def seen(place: Place, see: See, hidden: int) -> Iterator[None]:
 
     def ran(_: nn.Module, given: Any, output: Tensor) -> Tensor:
         read = given[0].reshape(-1, given[0].shape[-1])
-        made = see(lambda: read, output.reshape(-1, hidden), output.requires_grad)
+        made = see(lambda: place.stacks[0].joined(read.detach(), 1), output.reshape(-1, hidden), output.requires_grad)
         return made.reshape(output.shape)
 
     with ExitStack() as hooks:

@@ -67,7 +67,7 @@ def ffns(probe: Probe, stack: str, modules: Sequence[nn.Module], hidden: int) ->
     for block, reach in zip(blocks, reached, strict=True):
         names = _candidates(probe, block, reach, _reach(probe, block, runs), runs, hidden)
         found.append(_widest(block, [_place(probe, block, name) for name in names], hidden))
-    stored = [stack.stored.data_ptr() for place in found for stack in place.stacks]
+    stored = [stack.local.data_ptr() for place in found for stack in place.stacks]
     if len(set(stored)) < len(stored):
         raise ModelError("layers share one FFN output projection; expected one of its own in each layer")
     _prove(probe, modules, found)
@@ -226,7 +226,7 @@ def _tried(probe: Probe, place: Place) -> tuple[Tensor, Tensor, Tensor]:
 def _coefficients(probe: Probe, place: Place) -> Tensor:
     """[LENGTH, m] of the untouched probe, float32."""
     if place.dense:
-        return probe.clean[place.module][0].given.reshape(LENGTH, -1).float()
+        return place.stacks[0].joined(probe.clean[place.module][0].given.reshape(LENGTH, -1), 1).float()
     return probe.routed[place.module].coefficients().float()
 
 

@@ -14,6 +14,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lmrepair.model.anatomy.shards import held, here, joined, still, whole
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,55 @@ class Stack:
 
     @property
     def stored(self) -> Tensor:
-        """The parameter without gradients."""
-        found: Tensor = getattr(self.module, self.attribute).detach()
-        return found
+        """The parameter without gradients; on several ranks, in shards."""
+        return still(getattr(self.module, self.attribute))
 
     @property
     def neurons(self) -> Tensor:
-        """[E, m, d] (of one matrix [1, m, d]): a view, so that writing to it writes to the model."""
-        stored = self.stored if self.rows else self.stored.transpose(-1, -2)
-        return stored if stored.dim() == 3 else stored[None]
+        """[E, m, d] (of one matrix [1, m, d]), to be read: a view; of shards, a copy that all ranks put together."""
+        return self._turned(whole(self.stored))
+
+    @property
+    def local(self) -> Tensor:
+        """What of the parameter lies on this rank."""
+        return here(self.stored)
+
+    def put(self, expert: int, columns: Tensor, values: Tensor) -> None:
+        """Set neurons of one expert to values [k, d]; of shards, each rank sets what it holds."""
+        part = self._turned(self.local)
+        if self.held is not None:
+            experts, neurons, places = self.held
+            if expert not in experts:
+                return
+            expert = int((experts == expert).nonzero())
+            mine = torch.isin(columns, neurons)
+            columns, values = torch.searchsorted(neurons, columns[mine]), values[mine.to(values.device)]
+            values = values[:, places.to(values.device)]
+        if len(columns) == part.shape[1]:
+            part[expert].copy_(values)
+        else:
+            part[expert].index_copy_(0, columns.to(part.device), values.to(part.device))
+
+    @cached_property
+    def held(self) -> tuple[Tensor, ...] | None:
+        """Which experts, neurons and numbers of these a rank holds, where not all are on every rank."""
+        if self.stored.dim() == 3:
+            parts = tuple(held(self.stored, dim) for dim in range(3))
+        else:
+            parts = (torch.zeros(1, dtype=torch.long), *(held(self.stored, dim) for dim in range(2)))
+        return (parts if self.rows else (parts[0], parts[2], parts[1])) if isinstance(self.stored, DTensor) else None
+
+    def joined(self, part: Tensor, dim: int) -> Tensor:
+        """Values one a neuron along ``dim``, from what each rank has of them."""
+        return joined(part, self.stored, dim, -2 if self.rows else -1, self.width)
+
+    def joined_experts(self, part: Tensor, dim: int) -> Tensor:
+        """Values one an expert along ``dim``, from what each rank has of them."""
+        return joined(part, self.stored, dim, 0, self.experts)
+
+    def _turned(self, stored: Tensor) -> Tensor:
+        turned = stored if self.rows else stored.transpose(-1, -2)
+        return turned if turned.dim() == 3 else turned[None]
 
     @property
     def kind(self) -> tuple[str, tuple[int, ...]]:
@@ -48,12 +91,12 @@ class Stack:
 
     @cached_property
     def experts(self) -> int:
-        return self.neurons.shape[0]
+        return self.stored.shape[0] if self.stored.dim() == 3 else 1
 
     @cached_property
     def width(self) -> int:
         """m, the neurons of one expert."""
-        return self.neurons.shape[1]
+        return self.stored.shape[-2 if self.rows else -1]
 
 
 @dataclass(frozen=True)
@@ -105,28 +148,28 @@ class Place:
 
     def take(self, columns: Tensor) -> Tensor:
         """A copy of the neurons ``columns`` (sorted), [k, d]."""
-        found = [
-            part.clone() if len(inside) == len(part) else part.index_select(0, inside.to(part.device))
-            for part, inside, _ in self._hit(columns)
-        ]
+        found = []
+        for at, hits in groupby(self._hit(columns), lambda hit: hit[0]):
+            neurons = self.stacks[at].neurons
+            for _, expert, inside, _ in hits:
+                part = neurons[expert]
+                found.append(part.clone() if len(inside) == len(part) else part[inside.to(part.device)])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def put(self, columns: Tensor, values: Tensor) -> None:
         """Set the neurons ``columns`` (sorted) to values [k, d]."""
         with torch.no_grad():
-            for part, inside, some in self._hit(columns):
-                mine = values[some].to(part.device)
-                if len(inside) == len(part):
-                    part.copy_(mine)
-                else:
-                    part.index_copy_(0, inside.to(part.device), mine)
+            for at, expert, inside, some in self._hit(columns):
+                self.stacks[at].put(expert, inside, values[some])
 
-    def _hit(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """The experts that hold some of the columns: neurons, which of them, and the columns' places."""
+    def _hit(self, columns: Tensor) -> Iterator[tuple[int, int, Tensor, slice]]:
+        """The experts that hold some of the columns: their stack, their number in it, which of their neurons, and
+        the columns' places."""
         columns = columns.cpu()
-        start = 0
-        for first, part in self.parts():
-            end = int(torch.searchsorted(columns, first + len(part)))
-            if end > start or self.dense:
-                yield part, columns[start:end] - first, slice(start, end)
-            start = end
+        first = start = 0
+        for at, stack in enumerate(self.stacks):
+            for expert in range(stack.experts):
+                end = int(torch.searchsorted(columns, first + stack.width))
+                if end > start or self.dense:
+                    yield at, expert, columns[start:end] - first, slice(start, end)
+                first, start = first + stack.width, end

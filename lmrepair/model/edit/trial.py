@@ -90,7 +90,7 @@ class Projections:
 
 def take(net: Net, layer: int, columns: Tensor) -> Tensor:
     """A copy of some of a layer's neurons, [k, d]."""
-    return net.anatomy.ffns[layer].take(columns)
+    return net.anatomy.ffns[layer].take(columns).to(net.device)
 
 
 def put(net: Net, layer: int, columns: Tensor, values: Tensor) -> None:

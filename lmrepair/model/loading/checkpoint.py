@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmrepair.errors import LmrepairError, ModelError
+from lmrepair.model.loading.cutting import cut
 
 FAULTS = (
     OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -22,11 +23,17 @@ FAULTS = (
 
 
 def read_checkpoint(
-    source: str, tokenizer: Any, dtype: torch.dtype | str, trust: bool, options: Mapping[str, Any]
+    source: str,
+    tokenizer: Any,
+    dtype: torch.dtype | str,
+    trust: bool,
+    options: Mapping[str, Any],
+    shards: str = "",
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """The model, its tokenizer (``tokenizer``, if that is one), and the names of the tensors it has no place for.
 
-    ``options`` go to every call. Raises ModelError for what cannot be loaded whole.
+    ``options`` go to every call; ``shards``: how the model is cut for several ranks. Raises ModelError for what
+    cannot be loaded whole.
     """
     shared = {"trust_remote_code": trust, **options}
     quantised = shared.pop("quantization_config", None)
@@ -34,7 +41,9 @@ def read_checkpoint(
         config = AutoConfig.from_pretrained(source, **shared)
         if quantised is None:
             _refuse_quantised(source, config)
-        model, unread = _model(source, config, dtype, {**shared, "quantization_config": quantised})
+        plan = cut(source, config, shards) if shards else None
+        own = {"quantization_config": quantised, "distributed_config": plan}
+        model, unread = _model(source, config, dtype, {**shared, **own})
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **shared)
     return model, tokenizer, unread
 

@@ -34,12 +34,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    shards: str = "",
 ) -> Net:
     """Load a causal LM: a folder, a GGUF file, (hub:)NAME on the hub, a model object, or the embedded one (default).
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
     cuda:1, …, or auto (cuda where there is one). Weights come from safetensors or GGUF only, and no code of
-    the model's own runs without ``trust_remote_code``. Raises ModelError for a model that cannot be loaded
+    the model's own runs without ``trust_remote_code``. ``shards``: cut for the ranks of ``ranks``, on the devices
+    that these have; "tensor", or "experts" for a mixture. Raises ModelError for a model that cannot be loaded
     whole or placed, UsageError for an unknown dtype or device.
     """
     where = _device(device)
@@ -50,6 +52,10 @@ def load(
             raise UsageError("a model object needs its tokenizer beside it: load(model, tokenizer)")
         return Net(model, tokenizer)
     wanted: torch.dtype | str = "auto" if dtype == "auto" else DTYPES[dtype]
+    if shards and (device != "auto" or str(model).lower().endswith(SUFFIX)):
+        raise UsageError(
+            "shards are of a checkpoint's folder, each on its rank's device; expected no GGUF and no device"
+        )
     if str(model).lower().endswith(SUFFIX) and Path(str(model)).is_file():
         return _from_gguf(Path(str(model)), tokenizer, where, wanted, trust_remote_code)
     embedded = model is None or model == EMBEDDED
@@ -77,8 +83,8 @@ def load(
             raise ModelError(f"{folder}: no config.json in it; expected a Hugging Face model folder")
         refuse_unasked(Path(folder), trust_remote_code)
     name = EMBEDDED if embedded else _plain_name(folder)
-    loaded, tokenizer, unread = read_checkpoint(folder, tokenizer, wanted, trust_remote_code, options)
-    return Net(_ready(loaded, where), tokenizer, name, Source(kind, unread=unread))
+    loaded, tokenizer, unread = read_checkpoint(folder, tokenizer, wanted, trust_remote_code, options, shards)
+    return Net(_ready(loaded, None if shards else where), tokenizer, name, Source(kind, unread=unread))
 
 
 def _from_gguf(path: Path, tokenizer: Any, where: torch.device, dtype: torch.dtype | str, trust: bool) -> Net:
@@ -90,8 +96,8 @@ def _from_gguf(path: Path, tokenizer: Any, where: torch.device, dtype: torch.dty
     return Net(_ready(loaded, where), tokenizer, path.name, replace(source, unread=unread))
 
 
-def _ready(model: Any, where: torch.device) -> Any:
-    return model.to(where).eval().requires_grad_(False)
+def _ready(model: Any, where: torch.device | None) -> Any:
+    return (model if where is None else model.to(where)).eval().requires_grad_(False)
 
 
 def _refuse_adapter(name: str, options: dict[str, Any]) -> None:

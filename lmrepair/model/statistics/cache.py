@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmrepair.errors import UsageError
 from lmrepair.failures import Reference, Tokens, write_atomically
+from lmrepair.model.anatomy import agreed
 from lmrepair.model.digests import fingerprint
 from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
 from lmrepair.model.net import Net, settled
@@ -96,6 +97,8 @@ def statistics_of(
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
     found = _kept(file, net, kinds)
+    if net.in_shards and not agreed(None if found is None else found[1].get("digest")):
+        found = None  # every rank gathers, or none does
     if found is None:
         progress(f"statistics, once for this model: {plan.tokens:,} tokens, {plan.bytes / 1e6:.0f} MB kept", 0, 1)
         found = _packed(_gathered(file, net, given, asked, (count, length, seed), progress))
@@ -123,7 +126,9 @@ def _gathered(
 ) -> Statistics:
     """Written and read, from where a run before was cut off."""
     count, length, seed = own
-    part, began = file.part.read() or ({}, {}), time.monotonic()
+    # Where several ranks go on from has to be the same, and each looks at a clock of its own.
+    resumes = not net.in_shards
+    part, began = (file.part.read() if resumes else None) or ({}, {}), time.monotonic()
     state = part[0]
     tokens: list[Tokens] = []
     if count:
@@ -133,12 +138,12 @@ def _gathered(
     sums = Sums.of(net, [*tokens, *given], asked, seed)
     if "done" in state and tokens == _texts(state.get("texts"), count, length):
         sums.resume(state)
-    elif time.monotonic() - began > PART_SECONDS:
+    elif resumes and time.monotonic() - began > PART_SECONDS:
         file.part.write(texts, {})
     saved = time.monotonic()
     for done, total in sums.read():
         progress("statistics", done, total)
-        if time.monotonic() - saved > PART_SECONDS and done < total:
+        if resumes and time.monotonic() - saved > PART_SECONDS and done < total:
             file.part.write({**texts, **sums.state()}, {})
             saved = time.monotonic()
     return sums.statistics("")

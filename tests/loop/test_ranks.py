@@ -1,0 +1,157 @@
+"""A model in shards on two ranks: the patch is that of one process, and what cannot be cut is refused first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mixtures
+import oracle_models
+import pytest
+import torch
+from oracle_models import FAILURES, tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, distributed
+
+import lmrepair
+from lmrepair import Gate, ModelError, Net, Patch, Repair, UsageError, diagnose, load, repair
+from lmrepair.failures import read_kinds
+from lmrepair.model import fingerprint
+from lmrepair.model.loading.cutting import cut
+from lmrepair.model.statistics.cache import cache_folder
+
+WORKER = Path(__file__).resolve().parents[1] / "ranked.py"
+PATIENCE = 600  # seconds, on a machine that does much else; the workers' own is shorter
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def on_two_ranks(cache: Path, *arguments: object) -> str:
+    """Have torchrun start two workers; what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    environment = {**os.environ, "LMREPAIR_CACHE": str(cache)}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def alone(folder: Path) -> tuple[Net, Repair]:
+    """The same with one process, and the patch taken back."""
+    net = load(str(folder))
+    made = repair(net, FAILURES[:1], gate=Gate(float("inf"), tuple(read_kinds())))
+    assert made.patch is not None
+    made.patch.revert(net)
+    return net, made
+
+
+def off_by(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.timeout(2 * PATIENCE)
+def test_two_ranks_solve_for_the_change_of_one_process(tmp_path: Path) -> None:
+    folder = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny")
+    on_two_ranks(tmp_path / "statistics", "deltas", folder, tmp_path / "deltas.safetensors")
+    _, made = alone(folder)
+    assert made.patch is not None
+    found = load_file(tmp_path / "deltas.safetensors")
+    assert found.keys() == {str(layer) for layer in made.patch.changes}
+    for layer, change in made.patch.changes.items():
+        assert off_by(found[str(layer)], change.deltas) < 1e-5
+    with safe_open(tmp_path / "deltas.safetensors", "pt") as file:
+        assert file.metadata()["body"] == made.patch.fingerprint.body  # of the whole model, though no rank held it
+
+
+@pytest.mark.timeout(2 * PATIENCE)
+def test_experts_on_two_ranks_and_the_example(tmp_path: Path) -> None:
+    folder, rows, output = (
+        saved(mixtures.model("mixtral"), tmp_path / "tiny"),
+        tmp_path / "rows.jsonl",
+        tmp_path / "fix",
+    )
+    failure = FAILURES[0]
+    rows.write_text(json.dumps({"prompt": failure.prompt, "target": failure.target, "id": failure.id}) + "\n")
+    said = on_two_ranks(
+        tmp_path / "statistics", "example", rows, "--model", folder, "--output", output, "--shards", "experts",
+        "--max-kl", "inf",
+    )  # fmt: skip
+    theirs = Patch.load(output)
+    net, made = alone(folder)
+    assert made.patch is not None
+    assert f"{failure.id} {len(made.outcomes[0].before)} → 0" in said
+    assert "repaired 1 of 1" in said
+    assert theirs.fingerprint == made.patch.fingerprint
+    assert theirs.changes.keys() == made.patch.changes.keys()
+    for layer, change in made.patch.changes.items():
+        assert torch.equal(theirs.changes[layer].columns, change.columns)
+        # In float32 sums of two halves are rounded otherwise, and a solve makes more of it.
+        assert off_by(theirs.changes[layer].deltas, change.deltas) < 1e-4
+    before = fingerprint(net, {})
+    theirs.apply(net)
+    assert not any(item.mistakes for item in diagnose(net, net.tokenize(FAILURES[:1])))
+    theirs.revert(net)
+    assert fingerprint(net, {}) == before
+    kept = (tmp_path / "statistics").iterdir()
+    assert {path.name for path in kept} <= {path.name for path in cache_folder().iterdir()}  # by the key of the whole
+
+
+class World:
+    """A group of ranks that nobody is in."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, size: int) -> None:
+        patch.setattr(distributed, "is_initialized", lambda: True)
+        patch.setattr(distributed, "get_world_size", lambda: size)
+
+
+@pytest.mark.parametrize(
+    ("size", "shards", "reason"),
+    [
+        (3, "tensor", "3 ranks do not divide the model's 4 attention heads; expected one of 1, 2 "),
+        (4, "tensor", "4 ranks do not divide the model's 2 key and value heads; expected one of 1, 2 "),
+        (2, "experts", 'shards "experts"|has no plan'),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_weights_are_read(
+    size: int, shards: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = saved(oracle_models.model(), tmp_path / "tiny")
+    World(monkeypatch, size)
+    (folder / "model.safetensors").write_bytes(b"")  # nothing could be read from it
+    with pytest.raises(ModelError, match=reason):
+        load(str(folder), shards=shards)
+
+
+def test_models_without_a_plan_and_mixtures_cut_as_dense_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    World(monkeypatch, 2)
+    with pytest.raises(ModelError, match="transformers has no plan for it.*load it whole"):
+        cut("m", oracle_models.model("gpt2").config, "tensor")
+    mixture = mixtures.model("mixtral").config
+    with pytest.raises(ModelError, match='load it with shards "experts"'):
+        cut("m", mixture, "tensor")
+    World(monkeypatch, 8)
+    mixture.num_attention_heads = mixture.num_key_value_heads = 8
+    with pytest.raises(ModelError, match="8 ranks do not divide the model's 4 experts; expected one of 1, 2, 4 "):
+        cut("m", mixture, "experts")
+
+
+def test_ranks_are_asked_for_where_there_are_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="torchrun"), lmrepair.ranks():
+        pass
+    with pytest.raises(UsageError, match="ranks"):
+        load(str(saved(oracle_models.model(), tmp_path / "tiny")), shards="tensor")
+    with pytest.raises(UsageError, match="unknown shards 'tensors'; did you mean 'tensor'"):
+        load(str(tmp_path / "tiny"), shards="tensors")
+    with pytest.raises(UsageError, match="no device"):
+        load(str(tmp_path / "tiny"), shards="tensor", device="cpu")
