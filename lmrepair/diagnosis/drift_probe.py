@@ -82,7 +82,9 @@ def listening(net: Net, batches: Sequence[Batch]) -> Iterator[dict[Tokens, Tenso
     tokens = [item for batch in batches for item in batch.tokens]
     found: dict[Tokens, Tensor] = {}
     passed: list[Tensor] = []
-    handle = net.anatomy.head.register_forward_pre_hook(lambda _, given: passed.append(given[0].detach().to(net.device)))
+    handle = net.anatomy.head.register_forward_pre_hook(
+        lambda _, given: passed.append(given[0].detach().to(net.device))
+    )
     try:
         yield found
     finally:

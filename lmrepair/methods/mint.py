@@ -178,7 +178,9 @@ def _embedded(net: Net, token: int) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        found: Tensor = net.model.get_input_embeddings()(torch.tensor([token], device=net.device))[0].to(net.device).double()
+        found: Tensor = (
+            net.model.get_input_embeddings()(torch.tensor([token], device=net.device))[0].to(net.device).double()
+        )
     if found.shape != (net.hidden,):
         raise ModelError(
             f"input embeddings are {found.shape[-1]} wide, the states {net.hidden}; the basis variant of MINT "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
+import mixtures
 import pytest
 import torch
 from command import Run
-from oracle_models import State, net as tiny
+from oracle_models import FAILURES, State, net as tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,11 +19,12 @@ from lmrepair import MinKl, Net
 from lmrepair.loop.untouched import STAGES
 from lmrepair.measure import examine
 from lmrepair.measure.doctor import Speed, needs, served, traps
-from lmrepair.measure.doctor.estimate import GATE
-from lmrepair.model import Source, planned
+from lmrepair.measure.doctor.estimate import GATE, _factoring, _gathering, _moments, _numbers, _rate, _sums
+from lmrepair.model import Asked, Source, planned
+from lmrepair.model.statistics.sums import Sums
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-SPEED = Speed(token=1e-3, text=5e-4, step=1e-2)
+SPEED = Speed(token=1e-3, text=5e-4, step=1e-2, answer=2e-3, byte=1e-9)
 
 
 def kinds(net: Net) -> list[str]:
@@ -122,9 +124,36 @@ def test_needs_grow_with_what_is_kept_and_written() -> None:
     assert whole.statistics_seconds >= plan.length * SPEED.step + 3 * plan.tokens * SPEED.text
     assert all(need.fits for need in found.values())
     assert not any(need.fits for need in needs(net, SPEED, 1000))
-    slower = Speed(2 * SPEED.token, 2 * SPEED.text, 2 * SPEED.step)
+    slower = Speed(*(2 * value for value in astuple(SPEED)))
     assert needs(net, slower, 0)[0].seconds == pytest.approx(2 * whole.seconds)
     assert STAGES[0] + 1 == GATE  # the gate's first stage, and the token that starts a text
+
+
+@pytest.mark.parametrize("kind", ["full", "blocks", "sampled", "diagonal"])
+def test_moments_are_counted_as_they_are_kept(kind: str) -> None:
+    net, asked = mixtures.net("mixtral"), Asked(kind, "full", 50, 0.01)
+    tokens = net.tokenize([replace(FAILURES[0], target=" with open(path, encoding) as file")])
+    sums = Sums.of(net, tokens, asked, 0)
+    assert all(done for done, _ in sums.read())
+    plan = planned(net, asked, 0, len(tokens[0].ids) - 1)
+    parts = [part for one in (*sums.inputs.values(), *sums.outputs.values()) for part in one.parts]
+    assert _sums(net, plan) == sum(4 * part.numel() for part in parts)
+    made = sums.statistics("")
+    inverses = [moment.inverse(0.01) for both in (made.inputs, made.outputs) for moment in both.values()]
+    counted = _numbers(_moments(net, plan), len(tokens[0].ids) - 1)
+    assert counted == sum(one.values.numel() for one in inverses)
+
+
+def test_a_mixture_takes_the_time_of_its_blocks() -> None:
+    net = mixtures.net("mixtral")
+    plans = {kind: planned(net, Asked(kind, "full", 50, 0.01), 1) for kind in ("full", "blocks", "diagonal")}
+    gathering = {kind: _gathering(net, plan, SPEED) for kind, plan in plans.items()}
+    factoring = {kind: _factoring(net, plan, net.every_site(), 50, SPEED) for kind, plan in plans.items()}
+    for each in (gathering, factoring):
+        assert each["full"] > each["blocks"] > each["diagonal"]
+    # Two layers of four experts of 48 columns: 4·48³/3 instead of nothing, at so many operations a second.
+    apart = factoring["blocks"] - factoring["diagonal"]
+    assert apart == pytest.approx(2 * 4 * 48**3 / 3 / _rate(net, SPEED))
 
 
 def test_engines_are_asked_as_an_export_asks_them() -> None:

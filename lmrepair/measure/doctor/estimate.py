@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 
 from lmrepair.failures import Tokens, read_kinds
 from lmrepair.methods import Method, MinKl, Star
-from lmrepair.model import Batch, Net, Planned, Sites, planned, settled, windows
+from lmrepair.model import Net, Planned, Sites, digest, planned, settled, windows
 
 PROMPT, TARGET = 32, 8  # tokens of the failure that is reckoned with
 # Settings, and the median time of a repair in forward passes over the same tokens (docs/LOG.md, the comparison).
@@ -26,17 +27,23 @@ SETTINGS: tuple[tuple[str, Method, float], ...] = (
 )
 PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
 AT_ONCE = 256  # tokens in one pass while statistics are gathered
+WRITTEN = 5  # tokens of the texts that are written to see how long one takes
+HASHED, PRINTS = 1 << 24, 3  # bytes that are hashed to see how long it takes; fingerprints that a repair makes
+STRIPS = 9 / 16  # of a symmetric sum is made and kept
 GATE = 17  # tokens of each reference text that the gate reads, where it need not read on
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured seconds: for a ``token`` of a short failure, for a token of reference ``text`` (``AT_ONCE`` in a pass),
-    and for a ``step``, one more token of all the texts that a model writes side by side."""
+    """Measured seconds: for a ``token`` of a short failure, for a token of reference ``text`` (``AT_ONCE`` in a pass,
+    the head on all of them), for a ``step``, one more token of all the texts that a model writes side by side, for
+    one more of an ``answer`` that it writes alone, and for a ``byte`` of weights that is hashed."""
 
     token: float
     text: float
     step: float
+    answer: float
+    byte: float
 
 
 @dataclass(frozen=True)
@@ -57,20 +64,32 @@ def speed(net: Net, texts: int) -> Speed:
     """Measure it, in a handful of passes; ``texts`` are written side by side."""
     token = net.pad
     long = min(AT_ONCE, net.anatomy.context or AT_ONCE)
-    one, text, step = (
-        net.batches([Tokens(str(at), (token,) * (length - 1), (token,)) for at in range(count)])[0]
-        for count, length in ((1, PROMPT + TARGET), (AT_ONCE // long, long), (texts, 2))
+    one, text = (
+        net.batches([Tokens(str(at), (token,) * prompt, (token,) * target) for at in range(count)])[0]
+        for count, prompt, target in ((1, PROMPT, TARGET), (AT_ONCE // long, 1, long - 1))
     )
     with settled(net.model), torch.inference_mode():
         net.logits(one)
-        return Speed(_timed(net, one) / one.ids.numel(), _timed(net, text) / text.ids.numel(), _timed(net, step) / 2)
+        return Speed(
+            _timed(net, lambda: net.logits(one)) / one.ids.numel(),
+            _timed(net, lambda: net.logits(text)) / text.ids.numel(),
+            _written(net, texts),
+            _written(net, 1),
+            _timed(net, lambda: digest(torch.zeros(HASHED, dtype=torch.uint8))) / HASHED,
+        )
 
 
-def _timed(net: Net, batch: Batch) -> float:
+def _written(net: Net, texts: int) -> float:
+    """A token of texts written side by side: what the later ones of a few take."""
+    first, whole = (_timed(net, partial(net.sample, texts, length)) for length in (1, WRITTEN))
+    return max(0.0, whole - first) / (WRITTEN - 1)
+
+
+def _timed(net: Net, run: Callable[[], object]) -> float:
     times: list[float] = []
     while len(times) < PASSES and sum(times) < ENOUGH:
         began = time.perf_counter()
-        net.logits(batch)
+        run()
         if net.device.type == "cuda":
             torch.cuda.synchronize(net.device)
         times.append(time.perf_counter() - began)
@@ -86,7 +105,7 @@ def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
         sites = method.fixed_sites(net) or _share(net)
         samples = asked.samples if asked is not None else 0
         once = _gathering(net, plan, measured) if plan is not None else 0.0
-        each = passes * (PROMPT + TARGET) * measured.token + _gate(net, measured)
+        each = passes * (PROMPT + TARGET) * measured.token + _gate(net, measured) + _checking(net, measured)
         each += _factoring(net, plan, sites, samples, measured) if plan is not None else 0.0
         room = max(_activations(net, AT_ONCE) + _sums(net, plan), _solving(net, method, plan, sites, samples))
         found.append(Need(text, once, each, room, room <= free))
@@ -100,15 +119,17 @@ def _share(net: Net) -> Sites:
 
 def _gathering(net: Net, plan: Planned, measured: Speed) -> float:
     """Texts written token by token, read forwards and backwards (as three passes), and the products x xᵀ."""
-    products = sum(width * width for kind, width in _moments(net, plan) if kind == "full")
+    products = 2 * _numbers(_moments(net, plan), 0, STRIPS)
     return plan.length * measured.step + plan.tokens * (3 * measured.text + products / _rate(net, measured))
 
 
 def _factoring(net: Net, plan: Planned, sites: Sites, samples: int, measured: Speed) -> float:
     """Cholesky factors of the moments of the layers written to; of n samples, the n × n products and their factor."""
     operations = 0.0
-    for kind, width in _moments(net, plan, sites):
-        operations += width**3 / 3 if kind == "full" else samples**2 * width * 2 if kind == "sampled" else 0
+    for kind, widths in _moments(net, plan, sites):
+        factored = {"full": [sum(widths)], "blocks": widths}.get(kind, ())
+        operations += sum(width**3 / 3 for width in factored)
+        operations += samples**2 * sum(widths) * 2 if kind == "sampled" else 0
     return operations / _rate(net, measured)
 
 
@@ -116,6 +137,12 @@ def _gate(net: Net, measured: Speed) -> float:
     """The beginning of each reference text that ships, read before and after."""
     tokens = sum(min(GATE, len(item.ids)) for kind in read_kinds() for item in windows(net, kind.texts))
     return 2 * tokens * measured.text
+
+
+def _checking(net: Net, measured: Speed) -> float:
+    """The answer in greedy text, and the weights hashed: for the statistics, the patch, and what it is applied to."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
+    return float(TARGET * measured.answer + PRINTS * size * measured.byte)
 
 
 def _rate(net: Net, measured: Speed) -> float:
@@ -126,29 +153,33 @@ def _rate(net: Net, measured: Speed) -> float:
     return float(2 * met / measured.text)
 
 
-def _moments(net: Net, plan: Planned, sites: Sites | None = None) -> Iterator[tuple[str, int]]:
-    """Kind and width of the moments of some layers (default: all)."""
+def _moments(net: Net, plan: Planned, sites: Sites | None = None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Kind and widths (of each expert) of the moments of some layers (default: all)."""
     for layer in plan.kinds if sites is None else sites.layers:
-        yield plan.kinds[layer][0], net.widths[layer]
-        yield plan.kinds[layer][1], net.hidden
+        yield plan.kinds[layer][0], net.anatomy.ffns[layer].widths
+        yield plan.kinds[layer][1], (net.hidden,)
 
 
-def _held(moments: Iterator[tuple[str, int]], samples: int, full: Callable[[int], float]) -> int:
-    """Bytes of moments in float32: full ones as ``full`` numbers, n sampled rows, diagonals."""
-    numbers = (full(w) if kind == "full" else samples * w if kind == "sampled" else w for kind, w in moments)
-    return int(4 * sum(numbers))
+def _numbers(moments: Iterator[tuple[str, tuple[int, ...]]], samples: int, share: float = 1.0) -> float:
+    """Numbers in moments: a ``share`` of full ones, blocks as high as the widest expert, n sampled rows, diagonals."""
+    found = 0.0
+    for kind, widths in moments:
+        width = sum(widths)
+        rows = {"full": share * width, "blocks": max(widths), "sampled": samples}
+        found += width * rows.get(kind, 1)
+    return found
 
 
 def _sums(net: Net, plan: Planned | None) -> int:
     """While texts are read: a little more than half of each symmetric sum."""
-    return _held(_moments(net, plan), plan.tokens, lambda width: width * width * 9 / 16) if plan is not None else 0
+    return int(4 * _numbers(_moments(net, plan), plan.tokens, STRIPS)) if plan is not None else 0
 
 
 def _solving(net: Net, method: Method, plan: Planned | None, sites: Sites, samples: int) -> int:
     """The packed statistics, factors of the layers written to, originals and deltas, and what the method keeps."""
     failure = Tokens("", (0,) * PROMPT, (0,) * TARGET)
     written = sum(len(columns) for columns in sites.columns.values()) * net.hidden
-    held = plan.bytes + _held(_moments(net, plan, sites), samples, lambda width: width * width) if plan else 0
+    held = plan.bytes + int(4 * _numbers(_moments(net, plan, sites), samples)) if plan else 0
     trial = written * (net.dtype.itemsize + 4)
     return held + trial + method.memory(net, [failure], sites) + _activations(net, PROMPT + TARGET)
 

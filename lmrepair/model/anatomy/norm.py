@@ -31,12 +31,13 @@ def final_norm(probe: Probe, state: Tensor, last: nn.Module, hidden: int) -> tup
     ``state`` is what the head reads, ``last`` the last block. Raises ModelError where the state is
     neither a norm of something nor what the last block put out.
     """
-    for norm, output in reversed(probe.norms):
+    for norm, elsewhere in reversed(probe.norms):
+        output = elsewhere.to(state.device)
         scale = _scale(state, output)
         gain = None if scale is None else _gain(norm, hidden)
         if scale is not None and gain is not None:
             return scale * gain, norm if torch.equal(output, state) else None
-    made = probe.clean[last][-1].made
+    made = probe.clean[last][-1].made.to(state.device)
     if made.shape == state.shape and torch.equal(made, state):
         return torch.ones(hidden), None
     # A norm that is a function and no module has no gain.
@@ -66,16 +67,18 @@ def _normalised(state: Tensor) -> Sequence[Tensor]:
 def _gain(norm: nn.Module, hidden: int) -> Tensor | None:
     """What a norm multiplies a normalised state by, [hidden], measured on it; None for what is no norm."""
     # On ±x of mean zero, layer norm and RMS norm agree, and half the difference has no bias left.
-    x = torch.ones(hidden)
+    device = next((part.device for part in norm.parameters()), torch.device("cpu"))
+    x = torch.ones(hidden, device=device)
     x[1::2] = -1.0
     if hidden % 2:
-        x[-3:] = torch.tensor([1.0, 1.0, -2.0])
-    norm = copy.deepcopy(norm).float().cpu()
+        x[-3:] = torch.tensor([1.0, 1.0, -2.0], device=device)
+    norm = copy.deepcopy(norm).float()
     try:
-        near, far = (norm(torch.stack([x, -x])[None] * size)[0].float() for size in (FAR, FAR * FAR))
+        near, far = (norm(torch.stack([x, -x])[None] * size)[0].float().cpu() for size in (FAR, FAR * FAR))
     except (TypeError, RuntimeError, ValueError, IndexError):  # a bare leaf may want something else than states
         return None
     if near.shape != (2, hidden) or not torch.allclose(near, far, rtol=1e-2, atol=1e-2 * float(near.abs().max())):
         return None
+    x = x.cpu()
     gain: Tensor = (near[0] - near[1]) / 2 / (x / x.pow(2).mean().sqrt())
     return gain

@@ -91,8 +91,9 @@ def patched(values: Tensor, delta: Delta) -> Tensor:
     """Neurons [k, d] with a change added, in their dtype.
 
     Deltas are summed with them in float32, products in float64 and rounded to float32; either is then
-    rounded to the dtype.
+    rounded to the dtype. A change that lies elsewhere, as those of patches do, comes to the neurons.
     """
+    delta = delta.to(values.device)
     if isinstance(delta, Product):
         return delta.dense().add_(values).float().to(values.dtype)
     return (values.float() + delta).to(values.dtype)

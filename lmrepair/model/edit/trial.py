@@ -61,7 +61,7 @@ class Trial:
             return None
         if isinstance(delta, Product) and len(columns) == self.net.widths[layer]:
             return LowRank.of(delta, original)
-        dense = delta.dense() if isinstance(delta, Product) else delta
+        dense = (delta.dense() if isinstance(delta, Product) else delta).to(moved.device)
         parts = (columns.to(moved.device)[moved], dense[moved].float(), original[moved])
         return Change(*(part.detach().cpu().contiguous() for part in parts))
 

@@ -1,0 +1,74 @@
+"""Layers that lie on different devices: every method does, bit for bit, what it does on one."""
+
+from __future__ import annotations
+
+import mixtures
+import oracle_models
+import pytest
+import torch
+from elsewhere import ELSEWHERE, back, elsewhere, sent, split
+from oracle_models import FAILURES, bold_star, tokenizer
+
+from lmrepair import Direct, FineTune, Gate, Memit, Method, MinKl, Mint, Net, Patch, Rome, Sgd, repair
+from lmrepair.failures import read_kinds
+from lmrepair.model import fingerprint
+
+pytestmark = pytest.mark.timeout(900)
+PARTS = ["model.embed_tokens", "model.rotary_emb", *(f"model.layers.{at}" for at in range(3)), "model.norm", "lm_head"]
+HERE: list[Method] = [MinKl(), bold_star(mode="batch")]
+ELSE: list[Method] = [
+    *HERE, MinKl(layers="last"), Sgd(epochs=2), FineTune(epochs=2), Direct(epochs=2), Mint(epochs=2),
+    Rome(epochs=1, values=3), Memit(epochs=1, values=3),
+]  # fmt: skip
+MIXTURE = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
+CASES = [("here", method) for method in HERE] + [("elsewhere", method) for method in ELSE]
+
+
+def made(net: Net, method: Method) -> tuple[Patch | None, list[tuple[int, ...]]]:
+    """A repair, taken back; and how many mistakes were left."""
+    found = repair(net, FAILURES[:2], method, gate=Gate(float("inf"), tuple(read_kinds()[:1])))
+    if found.patch is not None:
+        found.patch.revert(net)
+    return found.patch, [(len(one.before), len(one.after)) for one in found.outcomes]
+
+
+@pytest.mark.parametrize(("head", "method"), CASES, ids=[f"{method.name}, head {head}" for head, method in CASES])
+def test_layers_on_two_devices_make_the_patch_of_one(head: str, method: Method) -> None:
+    wanted, left = made(oracle_models.net(), method)
+    there = ["model.layers.1"] if head == "here" else [part for part in PARTS if part != "model.layers.1"]
+    with elsewhere():
+        net = Net(split(oracle_models.model(), there), tokenizer(), "tiny-llama")
+        assert (net.device == ELSEWHERE) == (head == "elsewhere")
+        before = fingerprint(net, {})
+        found, remaining = made(net, method)
+        assert fingerprint(net, {}) == before
+    assert remaining == left
+    assert (found is None) == (wanted is None)
+    assert found is None or wanted is None or found.serialise() == wanted.serialise()
+
+
+def test_a_mixture_on_two_devices_makes_the_patch_of_one() -> None:
+    wanted, left = made(mixtures.net("mixtral"), MinKl())
+    with elsewhere():
+        net = Net(split(mixtures.model("mixtral"), MIXTURE), tokenizer(), "tiny-mixtral")
+        found, remaining = made(net, MinKl())
+    assert remaining == left
+    assert found is not None
+    assert wanted is not None
+    assert found.serialise() == wanted.serialise()
+
+
+def test_the_other_device_refuses_company() -> None:
+    here = torch.ones(3)
+    with elsewhere():
+        there = sent(torch.ones(3))
+        assert there.device == ELSEWHERE == (there + 1).device == torch.zeros(2, device=ELSEWHERE).device
+        assert there.to("cpu").device.type == "cpu" == there.cpu().device.type
+        assert here.to(there).device == ELSEWHERE
+        with pytest.raises(RuntimeError, match="one device"):
+            _ = there + here
+        with pytest.raises(RuntimeError, match="one device"):
+            _ = here[sent(torch.tensor([0]))]
+        with pytest.raises(TypeError, match="cpu"):
+            there.numpy()
+    assert torch.equal(back(there), here)
