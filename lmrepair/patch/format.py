@@ -113,7 +113,7 @@ def read_contents(path: Path) -> Contents:
         length = struct.unpack("<Q", raw[:8])[0]
         record = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][KEY])
         return _parse(record, tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise PatchError(f"{path}: not a patch this version can read ({type(error).__name__}: {error})") from error
 
 

@@ -2,8 +2,9 @@
 
     python tests/hard/fuzz.py --inputs 1000000 --memory 3
 
-Sound files are damaged at random (bits, cuts, copies, words of the header), patches with a digest that fits
-again in half of the cases, so that what stands behind the digest is reached too.
+Sound files are damaged at random: bits, cuts, copies, words of the header. Two in three patches get a digest that
+fits again, so that what stands behind it is reached too; in half of those it is the record that is damaged, value
+by value, and stays proper JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import resource
 import struct
 import sys
@@ -30,23 +32,17 @@ from oracle_models import FAILURES
 
 from lmrepair import LmrepairError, Patch, read_failures, read_reference
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
-from lmrepair.patch.format import _stamp
+from lmrepair.patch.format import KEY, _stamp
 
+DEEP = 20_000  # levels of lists, more than any parser follows
 WORDS = [
-    b"0",
-    b"-1",
-    b"1e999",
-    b"NaN",
-    b"null",
-    b"[]",
-    b"{}",
-    b'""',
-    b"99999999999999999999",
-    b'"\\ud800"',
-    b"true",
-    b"[[[[",
+    *(b"0", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'""', b"99999999999999999999", b'"\\ud800"', b"true"),
+    *(b"[[[[", b"[" * DEEP),
 ]
+VALUES = [word.decode() for word in WORDS if word != b"[[[["] + ['"a"', "[1]", '{"a":1}', "1.5", "1e300", "-9e18"]
+VALUE = re.compile(r'"[^"]*"(?!:)|-?[0-9][0-9.e+-]*|true|false|null|\[[^][]*\]|\{[^{}]*\}')  # of the record's JSON
 SLOW = 5.0  # seconds for one input
+MEMORY = Path("/dev/shm")  # where files cost no disk: a file system that flushes each of them is most of the time
 
 
 def damaged(raw: bytes, chance: random.Random) -> bytes:
@@ -76,10 +72,39 @@ def header_damaged(raw: bytes, chance: random.Random) -> bytes:
     length = struct.unpack("<Q", raw[:8])[0]
     head = damaged(raw[8 : 8 + length], chance)
     made = struct.pack("<Q", len(head)) + head + raw[8 + length :]
+    return stamped(made)
+
+
+def stamped(raw: bytes) -> bytes:
+    """A patch with a digest that fits what is in it; anything else as it is."""
     try:
-        return _stamp(made)
+        return _stamp(re.sub(rb'(digest\\?":\\?")[0-9a-f]{64}', rb"\g<1>" + b"0" * 64, raw, count=1))
     except LmrepairError:
-        return made
+        return raw
+
+
+def record_damaged(raw: bytes, chance: random.Random) -> bytes:
+    """A patch whose record is proper JSON with one to three of its values exchanged, at any depth, or gone."""
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    text: str = header["__metadata__"][KEY]
+    for _ in range(chance.randint(1, 3)):
+        spans = [match.span() for match in VALUE.finditer(text)]
+        start, end = chance.choice(spans)
+        text = text[:start] + chance.choice(VALUES) + text[end:]
+    header["__metadata__"][KEY] = text
+    head = json.dumps(header).encode()
+    return stamped(struct.pack("<Q", len(head)) + head + raw[8 + length :])
+
+
+def spoiled(kind: str, sound: bytes, chance: random.Random) -> bytes:
+    """A sound file of a kind, damaged in one of the ways."""
+    way = chance.randrange(3)
+    if way and kind.startswith("patch"):
+        return (header_damaged, record_damaged)[way - 1](sound, chance)
+    if way == 1 and kind == "shard":
+        return header_damaged(sound, chance)
+    return damaged(sound, chance)
 
 
 def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
@@ -87,7 +112,7 @@ def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
     net = oracle_models.net()
     patch = made_up(net, FAILURES[:1], share=16)
     patches = [patch.serialise(), factored(net, patch).serialise()]
-    net.model.save_pretrained(folder / "model", max_shard_size="20KB")
+    net.model.save_pretrained(folder / "model", max_shard_size="60KB")
     shard = next((folder / "model").glob("*.safetensors"))
     rows = [
         {"prompt": "a", "target": "b\n", "id": "x", "paraphrases": ["c"]},
@@ -117,6 +142,7 @@ def main() -> None:
     """Read as many damaged files as asked, and say what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, whatever is left")
     parser.add_argument("--memory", type=float, default=3.0, help="GB of memory that the process may have, in all")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -124,15 +150,17 @@ def main() -> None:
     torch.set_num_threads(1)
     found: Counter[str] = Counter()
     slowest = 0.0
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
         known = readers(Path(name))
         limit = int(given.memory * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         path = Path(name) / "input.safetensors"
+        began = time.perf_counter()
         for at in range(given.inputs):
+            if time.perf_counter() - began > 60 * given.minutes:
+                break
             kind, sound, read = known[at % len(known)]
-            binary = kind.startswith(("patch", "shard"))
-            raw = header_damaged(sound, chance) if binary and chance.random() < 0.5 else damaged(sound, chance)
+            raw = spoiled(kind, sound, chance)
             path.write_bytes(raw)
             start = time.perf_counter()
             try:
@@ -142,13 +170,13 @@ def main() -> None:
                 found[f"{kind}: refused"] += 1
             except BaseException as error:  # noqa: BLE001 (that is what is looked for)
                 Path("fuzz.failed").write_bytes(raw)
-                sys.exit(f"input {at} ({kind}, kept as fuzz.failed): {type(error).__name__}: {error}")
+                sys.exit(f"input {at} ({kind}, kept as fuzz.failed): {type(error).__name__}: {str(error)[:300]}")
             slowest = max(slowest, time.perf_counter() - start)
             if slowest > SLOW:
                 Path("fuzz.failed").write_bytes(raw)
                 sys.exit(f"input {at} ({kind}, kept as fuzz.failed) took {slowest:.1f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{given.inputs} inputs, slowest {slowest:.3f} s, peak {peak:.2f} GB: {dict(sorted(found.items()))}")
+    print(f"{sum(found.values())} inputs, slowest {slowest:.3f} s, peak {peak:.2f} GB: {dict(sorted(found.items()))}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 1 << 24  # bytes read at once
 HEADER_LIMIT = 100_000_000  # as in the safetensors library
+LONGEST = 255  # bytes of a file's name, on the file systems that there are
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,9 @@ def _read_index(path: Path) -> Mapping[str, str]:
         if not isinstance(found, dict) or not found:
             raise TypeError("weight_map is no table")
         for name, file in found.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{name!r} is in {file!r}, which is no safetensors file of this folder")
+            proper = isinstance(file, str) and Path(file).name == file and len(file.encode()) <= LONGEST
+            if not proper or not file.endswith(".safetensors"):
+                raise ValueError(f"{name!r:.80} is in {file!r:.80}, which is no safetensors file of this folder")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: not an index of shards ({error})") from error
     return found
