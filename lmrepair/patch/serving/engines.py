@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import Tokens
+from lmrepair.model import Net
+from lmrepair.patch.patch import Patch
+from lmrepair.patch.serving.choice import chosen
+from lmrepair.patch.serving.factors import Held, holding
+from lmrepair.patch.serving.gguf import read_base, save_gguf
 
 ENGINES = ("llama.cpp", "peft")
 ROOM = 8  # tokens of context beside prompt and target
+MOST_MARGIN = 24.0  # logits; beyond that a margin is not doubled
+
+
+def llama_package() -> ModuleType:
+    """llama.cpp as Python has it. Raises UsageError where it is not installed."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise UsageError("llama.cpp is not installed; pip install 'lmrepair[engines]' brings it (xllamacpp)") from error
+    return xllamacpp
 
 
 def llama_cpp(base: Path, adapter: Path | None, tokens: Sequence[Tokens], threads: int = 1) -> list[tuple[int, ...]]:
@@ -18,10 +36,7 @@ def llama_cpp(base: Path, adapter: Path | None, tokens: Sequence[Tokens], thread
 
     Raises UsageError where xllamacpp is not installed, ModelError for a model or adapter that llama.cpp does not load.
     """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise UsageError("llama.cpp is not installed; pip install 'lmrepair[engines]' brings it (xllamacpp)") from error
+    xllamacpp = llama_package()
     settings = xllamacpp.CommonParams()
     settings.model.path = str(base)
     settings.n_ctx = max(len(item.ids) for item in tokens) + ROOM
@@ -55,3 +70,53 @@ def _completion(server: Any, item: Tokens) -> tuple[int, ...]:
         raise ModelError(f"llama.cpp gives no answer to failure {item.id!r} ({answer})")
     found = answer["choices"][0]["logprobs"]["content"]
     return tuple(int(token["id"]) for token in found)
+
+
+def held_by_llama_cpp(patch: Patch, base: Path, adapter: Path | None, rank: int = 0) -> Held:
+    """How many of a patch's failures llama.cpp answers rightly over a base, with an adapter or (None) without."""
+    texts = llama_cpp(base, adapter, [item.tokens for item in patch.items])
+    return holding(patch, rank, [True] * len(texts), texts)
+
+
+def held_over(base: Path, patch: Patch, net: Net | None, rank: str | None = None) -> Held:
+    """The same with the patch as a LoRA, made for the purpose as ``export`` makes it; ``net`` as ``chosen`` takes it.
+
+    Raises WrongModelError for a base that the patch was not made for.
+    """
+    found = read_base(base, patch)
+    factors = chosen(patch, found.widths, net, rank).factors
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter.gguf"
+        save_gguf(factors, found.architecture, adapter)
+        return held_by_llama_cpp(patch, base, adapter, factors.rank)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A repair made with a margin (logits), and what of it holds where it is served."""
+
+    margin: float
+    held: Held
+
+
+def until_held(
+    make: Callable[[float], Patch | None], look: Callable[[Patch], Held], margin: float, most: float = MOST_MARGIN
+) -> tuple[Tried, ...]:
+    """Repairs with a margin, twice that and so on up to ``most``, until all that one repairs holds where it is served.
+
+    ``make`` gives the patch of a margin (None where nothing is repaired, which ends it), ``look`` what of it holds.
+    """
+    tried: list[Tried] = []
+    while (patch := make(margin)) is not None:
+        tried.append(Tried(margin, look(patch)))
+        if not tried[-1].held.lost:
+            break
+        margin = max(2 * margin, 1.0)
+        if margin > most:
+            break
+    return tuple(tried)
+
+
+def best_of_tried(tried: Sequence[Tried]) -> Tried:
+    """The one of which most holds; of several, that of the least margin."""
+    return max(tried, key=lambda one: (one.held.kept, -one.margin))
