@@ -33,24 +33,32 @@ if TYPE_CHECKING:
     )
     from lmrepair.patch.serving import (
         ENGINES as ENGINES,
+        MOST_MARGIN as MOST_MARGIN,
         Base as Base,
         Chosen as Chosen,
         Factors as Factors,
         Held as Held,
         Modules as Modules,
+        Tried as Tried,
         answers as answers,
+        best_of_tried as best_of_tried,
         chosen as chosen,
         exact as exact,
         held as held,
+        held_by_llama_cpp as held_by_llama_cpp,
+        held_over as held_over,
         held_whole as held_whole,
         holding as holding,
         known_architecture as known_architecture,
         llama_cpp as llama_cpp,
+        llama_package as llama_package,
+        llama_tokens as llama_tokens,
         peft_config as peft_config,
         peft_on as peft_on,
         read_base as read_base,
         save_gguf as save_gguf,
         save_peft as save_peft,
+        until_held as until_held,
     )
 
 __getattr__, __dir__ = door(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import oracle_models
 import pytest
 from command import Run, write
 from oracle_models import FAILURES, bold_star
+from tiny_gguf import tiny_gguf
 
-from lmrepair import Patch, Reference, repair
+from lmrepair import ModelError, Patch, Reference, repair
 from lmrepair.patch import save_model
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))
@@ -71,6 +73,50 @@ def test_to_servers(run: Run, place: Path) -> None:
     code, out, _ = run("verify", "a.safetensors", *flags, "--json")
     found = json.loads(out)
     assert (code, found["verified"], found["before"], found["repaired"]) == (0, True, 0, 1)
+
+
+BOLD = "--method star --share 1/4 --learning-rate 0.1 --epochs 200 --max-probe-kl inf --max-kl inf --margin"
+
+
+def test_a_repair_holds_where_it_is_served(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="needs gguf: pip install 'lmrepair[gguf]'")
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install 'lmrepair[engines]'")
+    base = tiny_gguf(oracle_models.net("llama"), Path("base.gguf"), "Q8_0")
+    rows = write(Path("rows.jsonl"), *({"prompt": one.prompt, "target": one.target} for one in FAILURES[:2]))
+    asked = ["repair", rows, "--model", base, "--served-as", "gguf", "--json", *BOLD.split(), "0.05"]
+
+    def refused(*_: object) -> None:
+        raise ModelError("llama.cpp does not load it")
+
+    with monkeypatch.context() as broken:  # the engine stops after the repair: no file is left
+        broken.setattr("lmrepair.patch.serving.engines.llama_cpp", refused)
+        code, out, err = run(*asked, "--output", "not.safetensors")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not Path("not.safetensors").exists()
+
+    code, out, err = run(*asked, "--output", "fix.safetensors")
+    data = json.loads(out)
+    served, margins = data["served"], [one["margin"] for one in data["served"]["tries"]]
+    assert code == (1 if served["lost"] or data["repaired"] < data["failing"] else 0)
+    assert margins == [0.05, 1.0, 2.0, 4.0, 8.0, 16.0][: len(margins)]
+    assert all(one["lost"] for one in served["tries"][:-1])
+    assert served["kept"] == max(one["kept"] for one in served["tries"]) > served["before"]
+    assert Patch.load("fix.safetensors").made.settings["margin"] == served["margin"] == data["settings"]["margin"]
+    code, out, _ = run(
+        "verify", "fix.safetensors", "--engine", "llama.cpp", "--base", base, "--rank", "exact", "--json"
+    )
+    found = json.loads(out)
+    assert (found["before"], found["failures"]) == (served["before"], served["of"])
+
+
+def test_without_the_engine_nothing_begins(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    Path("base.gguf").write_bytes(b"GGUF" + bytes(60))
+    rows = write(Path("rows.jsonl"), {"prompt": "a", "target": "b"})
+    code, out, err = run("repair", rows, "--model", "base.gguf", "--served-as", "gguf")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "pip install 'lmrepair[engines]'" in err
+    assert not list(Path().glob("*.patch.safetensors"))
 
 
 def test_together_and_side_by_side(run: Run, place: Path) -> None:
@@ -135,6 +181,9 @@ def test_the_patch_that_broke_it_is_found(run: Run, place: Path) -> None:
         ("bisect --model model --patches model/none --check x", "no patches in it"),
         ("verify a.safetensors --engine vllm", "unknown engine 'vllm'"),
         ("verify a.safetensors --engine llama.cpp --model model", "llama.cpp runs a GGUF"),
+        ("repair rows.jsonl --model model --served-as gguf", "needs the GGUF file that is served"),
+        ("repair rows.jsonl --model model --served-as ggml", "did you mean 'gguf'"),
+        ("repair rows.jsonl --model model --served-as gguf --alone", "leave --alone out"),
         ("diff a.safetensors model/model.safetensors", "not a patch"),
     ],
 )

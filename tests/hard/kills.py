@@ -50,7 +50,7 @@ def work(folder: Path, patch: Patch, place: str) -> None:
 
 
 def let_run(child: int, span: float) -> None:
-    """Wait until a child has had ``span`` seconds of a processor: on a busy machine, time alone kills before the work."""
+    """Wait until a child has had ``span`` seconds of a processor, however busy the machine is."""
     place = Path(f"/proc/{child}/schedstat")
     while int(place.read_text(encoding="ascii").split()[0]) < span * 1e9:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:

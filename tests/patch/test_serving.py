@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -13,24 +12,31 @@ import pytest
 import torch
 from factored import answering, factored, made_up
 from oracle_models import FAILURES, LAYERS, WIDTH, State
+from tiny_gguf import tiny_gguf
 
 from lmrepair import Net, Patch, PatchError, UsageError, WrongModelError
 from lmrepair.model import fingerprint
 from lmrepair.patch import (
     Factors,
+    Held,
     Modules,
     answers,
+    best_of_tried,
     chosen,
     exact,
     held,
+    held_by_llama_cpp,
+    held_over,
     held_whole,
     holding,
     known_architecture,
     llama_cpp,
+    llama_tokens,
     peft_on,
     read_base,
     save_gguf,
     save_peft,
+    until_held,
 )
 
 WIDTHS = dict.fromkeys(range(LAYERS), WIDTH)
@@ -182,56 +188,45 @@ def test_llama_cpp_writes_the_repaired_answers(stored: str, tmp_path: Path) -> N
     if stored == "F32":  # the stand-in itself is right: llama.cpp writes what transformers writes
         assert llama_cpp(base, None, tokens) == net.generate(tokens)
     save_gguf(exact(patch, WIDTHS), read_base(base, patch).architecture, tmp_path / "a.gguf")
-    right = [True] * len(tokens)
-    before = holding(patch, 0, right, llama_cpp(base, None, tokens))
-    after = holding(patch, 0, right, llama_cpp(base, tmp_path / "a.gguf", tokens))
+    before = held_by_llama_cpp(patch, base, None)
+    after = held_by_llama_cpp(patch, base, tmp_path / "a.gguf")
     assert before.kept < after.kept
     assert stored != "F32" or not after.lost  # what is made up has no margin that 8 bits would leave whole
+    assert replace(after, rank=exact(patch, WIDTHS).rank) == held_over(base, patch, None, "exact")
+    if stored == "F32":  # but for keys and values, which llama.cpp keeps in 16 bits
+        with patch.on(net), torch.inference_mode():
+            (batch,) = net.batches(tokens[:1])
+            ours = net.logits(batch).float().log_softmax(dim=1)[0]
+        for adapter, near in ((tmp_path / "a.gguf", True), (None, False)):
+            ((token, value), *_), *_ = llama_tokens(base, adapter, tokens)
+            assert (abs(float(ours[token]) - value) < 0.05) == near
+
+
+def test_margins_are_doubled_until_all_holds_or_the_bound() -> None:
+    patch = made_up(oracle_models.net(), FAILURES[:1])
+
+    def tried(kept: dict[float, int], margin: float, most: float) -> tuple[list[float], float]:
+        found = until_held(
+            lambda asked: patch if asked in kept else None,
+            lambda _: next(looks),
+            margin,
+            most,
+        )
+        return [one.margin for one in found], best_of_tried(found).margin
+
+    for kept, margin, most, margins, best in (
+        ({3.0: 2}, 3.0, 24.0, [3.0], 3.0),  # all hold at once
+        ({3.0: 0, 6.0: 1, 12.0: 2}, 3.0, 24.0, [3.0, 6.0, 12.0], 12.0),
+        ({3.0: 0, 6.0: 1, 12.0: 1, 24.0: 1}, 3.0, 24.0, [3.0, 6.0, 12.0, 24.0], 6.0),  # the least of the best
+        ({3.0: 1, 6.0: 0, 12.0: 2}, 3.0, 11.0, [3.0, 6.0], 3.0),  # no further than the bound
+        ({3.0: 1}, 3.0, 24.0, [3.0], 3.0),  # nothing is repaired with twice the margin
+        ({0.0: 1, 1.0: 1, 2.0: 2}, 0.0, 24.0, [0.0, 1.0, 2.0], 2.0),
+    ):
+        looks = iter([Held(1, count, 2, ("a", "b")[count:]) for count in kept.values()])
+        assert tried(kept, margin, most) == (margins, best)
+    assert until_held(lambda _: None, lambda _: next(looks), 3.0) == ()
 
 
 def _write(path: Path, raw: bytes) -> Path:
     path.write_bytes(raw)
-    return path
-
-
-def tiny_gguf(net: Net, path: Path, stored: str = "F32") -> Path:
-    """A tiny Llama as llama.cpp reads it: the converter's names, q and k permuted for its rotary pairs."""
-    config, state = net.model.config, net.model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    words = sorted(net.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    record = json.loads(net.tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([word for word, _ in words])
-    writer.add_token_types([3 if number < 2 else 1 for _, number in words])
-    writer.add_token_merges([" ".join(pair) for pair in record["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    kind = getattr(gguf.GGMLQuantizationType, stored)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in state.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2], 0)
-        if heads:
-            rows = tensor.shape[0] // heads // 2
-            tensor = tensor.reshape(heads, 2, rows, -1).swapaxes(1, 2).reshape(tensor.shape)
-        place = names.get_name(name, try_suffixes=(".weight",))
-        data = tensor.float().contiguous().numpy()
-        if tensor.dim() == 2 and data.shape[1] % 32 == 0:
-            writer.add_tensor(place, gguf.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(place, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     return path

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
         export as export,
         verify_served as verify_served,
     )
+    from lmrepair.cli.patches.served import (
+        ServedAs as ServedAs,
+        served_base as served_base,
+        served_text as served_text,
+        until_served as until_served,
+    )
     from lmrepair.cli.patches.trouble import bisect as bisect, conflicts as conflicts
 
 __getattr__, __dir__ = door(__name__)

@@ -153,13 +153,22 @@ def verify_served(
     engine: str, path: Path, model: str | None, asked: EngineOptions, loading: LoadOptions, as_json: bool
 ) -> None:
     """``verify --engine``: whether the repairs hold as another engine serves the base with the patch as an adapter."""
-    from lmrepair.patch import ENGINES, Modules, Patch, answers, holding, llama_cpp, peft_on, save_gguf, save_peft
+    from lmrepair.patch import (
+        ENGINES,
+        Modules,
+        Patch,
+        answers,
+        held_by_llama_cpp,
+        held_over,
+        holding,
+        peft_on,
+        save_peft,
+    )
 
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}; {nearest(engine, ENGINES)}")
     base, adapter, rank = asked.base, asked.adapter, asked.rank
     patch = Patch.load(path)
-    tokens = [item.tokens for item in patch.items]
     with tempfile.TemporaryDirectory() as folder:
         if engine == "peft":
             net = untouched(patch, needed(model), loading)
@@ -173,16 +182,15 @@ def verify_served(
                 found = holding(patch, 0, *answers(net, patch))
         else:
             if base is None and model is not None and is_gguf(model):
-                base = Path(model)
+                base, model = Path(model), None
             if base is None:
                 raise UsageError("llama.cpp runs a GGUF: name the base with --base model.gguf")
-            if adapter is None:
-                adapter = Path(folder) / "adapter.gguf"
-                made, name = _for_gguf(patch, model, base, None, rank, False, loading)
-                save_gguf(made.factors, name, adapter)
-            right = [True] * len(tokens)
-            before = holding(patch, 0, right, llama_cpp(base, None, tokens))
-            found = holding(patch, 0, right, llama_cpp(base, adapter, tokens))
+            before = held_by_llama_cpp(patch, base, None)
+            if adapter is not None:
+                found = held_by_llama_cpp(patch, base, adapter)
+            else:
+                floats = untouched(patch, model, loading) if model is not None else None
+                found = held_over(base, patch, floats, rank)
     data = {
         "engine": engine, "verified": not found.lost, "failures": found.claimed, "before": before.kept,
         "repaired": found.kept, "lost": list(found.lost),

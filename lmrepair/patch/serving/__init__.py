@@ -8,7 +8,18 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.patch.serving.choice import Chosen as Chosen, chosen as chosen
-    from lmrepair.patch.serving.engines import ENGINES as ENGINES, llama_cpp as llama_cpp
+    from lmrepair.patch.serving.engines import (
+        ENGINES as ENGINES,
+        MOST_MARGIN as MOST_MARGIN,
+        Tried as Tried,
+        best_of_tried as best_of_tried,
+        held_by_llama_cpp as held_by_llama_cpp,
+        held_over as held_over,
+        llama_cpp as llama_cpp,
+        llama_package as llama_package,
+        llama_tokens as llama_tokens,
+        until_held as until_held,
+    )
     from lmrepair.patch.serving.factors import (
         Factors as Factors,
         Held as Held,

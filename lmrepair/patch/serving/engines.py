@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lmrepair.errors import ModelError, UsageError
@@ -22,8 +21,8 @@ ROOM = 8  # tokens of context beside prompt and target
 MOST_MARGIN = 24.0  # logits; beyond that a margin is not doubled
 
 
-def llama_package() -> ModuleType:
-    """llama.cpp as Python has it. Raises UsageError where it is not installed."""
+def llama_package() -> Any:
+    """llama.cpp as Python has it, a module. Raises UsageError where it is not installed."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -32,7 +31,14 @@ def llama_package() -> ModuleType:
 
 
 def llama_cpp(base: Path, adapter: Path | None, tokens: Sequence[Tokens], threads: int = 1) -> list[tuple[int, ...]]:
-    """Greedy completions by llama.cpp of exact prompts (ids, not text), each as long as its target.
+    """Greedy completions by llama.cpp of exact prompts (ids, not text), each as long as its target; errors as below."""
+    return [tuple(token for token, _ in one) for one in llama_tokens(base, adapter, tokens, threads)]
+
+
+def llama_tokens(
+    base: Path, adapter: Path | None, tokens: Sequence[Tokens], threads: int = 1
+) -> list[tuple[tuple[int, float], ...]]:
+    """The same with the log-probability that llama.cpp gives each token.
 
     Raises UsageError where xllamacpp is not installed, ModelError for a model or adapter that llama.cpp does not load.
     """
@@ -54,7 +60,7 @@ def llama_cpp(base: Path, adapter: Path | None, tokens: Sequence[Tokens], thread
     return [_completion(server, item) for item in tokens]
 
 
-def _completion(server: Any, item: Tokens) -> tuple[int, ...]:
+def _completion(server: Any, item: Tokens) -> tuple[tuple[int, float], ...]:
     answer = server.handle_completions(
         {
             "prompt": list(item.prompt),
@@ -69,7 +75,7 @@ def _completion(server: Any, item: Tokens) -> tuple[int, ...]:
     if "choices" not in answer:
         raise ModelError(f"llama.cpp gives no answer to failure {item.id!r} ({answer})")
     found = answer["choices"][0]["logprobs"]["content"]
-    return tuple(int(token["id"]) for token in found)
+    return tuple((int(token["id"]), float(token["logprob"])) for token in found)
 
 
 def held_by_llama_cpp(patch: Patch, base: Path, adapter: Path | None, rank: int = 0) -> Held:
