@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmrepair.failures import Tokens
 from lmrepair.model import Edit, LowRank, Net, settled
@@ -35,8 +36,8 @@ class Forecast:
 def forecasts(net: Net, patches: Sequence[Patch]) -> list[Forecast]:
     """For every failure that a patch repairs, and every other patch: what that one will make of its margin.
 
-    One forward pass a failure and one backward pass a target token, with the owner's patch on; the other patches
-    enter by their changes alone. The net must be the untouched model; it is left as it was.
+    One forward and one backward pass a failure, with the owner's patch on, and one through both of them for each of
+    the other patches, which enter by their changes alone. The net must be the untouched model; it is left as it was.
     """
     found = []
     for owner, patch in enumerate(patches):
@@ -45,36 +46,41 @@ def forecasts(net: Net, patches: Sequence[Patch]) -> list[Forecast]:
             for item in patch.items:
                 if not item.repaired:
                     continue
-                margins, moved = _margins(net, item.tokens, [other.changes for _, other in others])
-                for (at, _), change in zip(others, moved, strict=True):
-                    least, foretold = float(margins.min()), float((margins + change).min())
+                least, moved = _margins(net, item.tokens, [other.changes for _, other in others])
+                for (at, _), foretold in zip(others, moved, strict=True):
                     found.append(Forecast(owner, at, item.tokens.id, least, foretold))
     return found
 
 
-def _margins(net: Net, tokens: Tokens, others: Sequence[Mapping[int, Edit]]) -> tuple[Tensor, list[Tensor]]:
-    """Margins [N] of the wanted tokens, and for each of the others how far it moves them, [N] to first order.
+def _margins(net: Net, tokens: Tokens, others: Sequence[Mapping[int, Edit]]) -> tuple[float, list[float]]:
+    """The least margin of the wanted tokens, and what each of the others makes of it.
 
-    A change ΔW of a projection that reads z_t and writes y_t moves a margin by Σ_t ⟨∂margin/∂y_t, ΔW z_t⟩.
+    A change ΔW of a projection that reads z_t and writes y_t moves the logits, all of them, by Σ_t ∂logits/∂y_t ΔW z_t
+    to first order: another token than the present rival may be the one that overtakes. A backward pass is linear in
+    the seed it starts from, so its own gradient by the seed is that product.
     """
     (batch,) = net.batches([tokens])
     layers = sorted({layer for changes in others for layer in changes})
-    with torch.enable_grad(), net.watch(layers) as watched:
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), net.watch(layers) as watched:
         logits = net.logits(batch).float()
-        wanted = logits.gather(1, batch.wanted[:, None]).squeeze(1)
-        rival = logits.scatter(1, batch.wanted[:, None], float("-inf")).max(dim=1).values
-        margins = wanted - rival
+        seed = torch.zeros_like(logits, requires_grad=True)
         outputs = [watched.outputs[layer] for layer in layers]
-        gradients = [torch.autograd.grad(margin, outputs, retain_graph=True) if outputs else () for margin in margins]
-    moved = []
-    for changes in others:
-        writes = {layer: _written(watched.inputs[layer], change) for layer, change in changes.items()}
-        sums = [
-            sum(float((gradient[layers.index(layer)].float() * write).sum()) for layer, write in writes.items())
-            for gradient in gradients
-        ]
-        moved.append(torch.tensor(sums))
-    return margins.detach().cpu(), moved
+        slopes = dict(zip(layers, torch.autograd.grad(logits, outputs, seed, create_graph=True), strict=True))
+        moved = []
+        for changes in others:
+            pulls = [
+                (slopes[layer].float() * _written(watched.inputs[layer], changes[layer])).sum() for layer in changes
+            ]
+            (shift,) = torch.autograd.grad(sum(pulls), seed, retain_graph=True)
+            moved.append(_ahead(logits.detach() + shift, batch.wanted))
+    return float(_ahead(logits.detach(), batch.wanted).min()), [float(margins.min()) for margins in moved]
+
+
+def _ahead(logits: Tensor, wanted: Tensor) -> Tensor:
+    """How far the wanted tokens are ahead of their best rivals, [N]."""
+    there = wanted[:, None]
+    rival = logits.scatter(1, there, float("-inf")).max(dim=1).values
+    return logits.gather(1, there).squeeze(1) - rival
 
 
 def _written(read: Tensor, change: Edit) -> Tensor:

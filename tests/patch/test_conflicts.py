@@ -53,6 +53,33 @@ def test_a_small_change_moves_the_margin_as_foretold(kind: str, whole: bool) -> 
     assert not before.changed(net)
 
 
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_the_forecast_is_of_all_logits_so_that_another_token_may_overtake(kind: str) -> None:
+    net = oracle_models.net(kind)
+    owner, other = parts(net)
+    (found, _) = forecasts(net, [owner, other])
+    (batch,) = net.batches([owner.items[0].tokens])
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return net.logits(batch).double()
+
+    small = {at: replace(change, deltas=change.deltas * 1e-2) for at, change in other.changes.items()}
+    with owner.on(net):
+        alone = logits()
+    with combine([owner, replace(other, changes=small)], net).on(net):
+        moved = alone + (logits() - alone) / 1e-2
+    rows, overtaken = torch.arange(len(batch.wanted)), []
+    least = []
+    for values in (alone, moved):
+        rivals = values.scatter(1, batch.wanted[:, None], float("-inf"))
+        overtaken.append(rivals.argmax(dim=1))
+        least.append(float((values[rows, batch.wanted] - rivals.max(dim=1).values).min()))
+    assert found.margin == pytest.approx(least[0], abs=1e-5)
+    assert found.foretold == pytest.approx(least[1], rel=0.05, abs=0.02)
+    assert bool((overtaken[0] != overtaken[1]).any())  # by the present rivals alone it would be another number
+
+
 def test_a_patch_that_undoes_another_is_a_danger() -> None:
     net = oracle_models.net()
     owner, _ = parts(net)
