@@ -27,6 +27,7 @@ from lmrepair.patch import Item, Made, rewrite
 from lmrepair.patch.disk.placing import Placed, digest_without
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 
+BUILD = Path("build")  # on a disk, and of no interest to git, which would read holes as bytes
 HIDDEN, WIDTH, A_SHARD = 4096, 14336, 4  # as in models of seven billion weights; layers in one shard
 
 
@@ -90,7 +91,8 @@ def main() -> None:
     torch.set_num_threads(1)
     layer_bytes = 2 * (3 * HIDDEN * WIDTH + 2 * HIDDEN * HIDDEN)
     layers = max(1, round(given.gigabytes * 1e9 / layer_bytes))
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as name:
         folder = Path(name)
         (folder / "old").mkdir()
         write_checkpoint(folder / "old", layers)
