@@ -71,7 +71,7 @@ def _margins(net: Net, tokens: Tokens, others: Sequence[Mapping[int, Edit]]) -> 
             pulls = [
                 (slopes[layer].float() * _written(watched.inputs[layer], changes[layer])).sum() for layer in changes
             ]
-            (shift,) = torch.autograd.grad(sum(pulls), seed, retain_graph=True)
+            (shift,) = torch.autograd.grad(torch.stack(pulls).sum(), seed, retain_graph=True)
             moved.append(_ahead(logits.detach() + shift, batch.wanted))
     return float(_ahead(logits.detach(), batch.wanted).min()), [float(margins.min()) for margins in moved]
 
