@@ -55,7 +55,7 @@ def until_served(
 ) -> tuple[Repair, dict[str, Any]]:
     """The repair of which most holds in llama.cpp, with its patch on the net as ``solve`` leaves it, and the record.
 
-    Whatever goes wrong in between, the net is as it was.
+    What is tried is a LoRA of the patch's own rank. Whatever goes wrong in between, the net is as it was.
     """
     from lmrepair.patch import MOST_MARGIN, best_of_tried, held_by_llama_cpp, held_over, until_held
 
@@ -67,7 +67,7 @@ def until_served(
             found.patch.revert(net)
         return found.patch
 
-    tried = until_held(make, lambda patch: held_over(base, patch, net), method.margin)
+    tried = until_held(make, lambda patch: held_over(base, patch, None, "exact"), method.margin)
     record: dict[str, Any] = {
         "engine": "llama.cpp", "most_margin": MOST_MARGIN,
         "tries": [{"margin": one.margin, "kept": one.held.kept, "of": one.held.claimed, "lost": list(one.held.lost)}
