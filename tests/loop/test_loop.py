@@ -260,9 +260,7 @@ PASSES = {
     "star": (oracle_models.bold_star(learning_rate=0.1), 2, 1, 1),  # diagnosis and attribution; nothing left to do
     "sgd paper": (method_named("sgd", "paper", **UNWATCHED), 0, 1, 1),  # the first reading is the diagnosis; the check
     "finetune": (method_named("finetune", None, learning_rate=3e-4, **UNWATCHED), 0, 1, 1),
-    # The drift probe in the net as it is, and with a first step in either range of layers.
-    "minkl": (method_named("minkl", None, margin=0.0, rank=0, **UNWATCHED), 3, 1, 1),
-    "minkl, one range": (method_named("minkl", None, margin=0.0, rank=0, ranges=1, **UNWATCHED), 0, 1, 1),
+    "minkl": (method_named("minkl", None, margin=0.0, rank=0, **UNWATCHED), 0, 1, 1),
     "minkl last": (method_named("minkl", None, layers="last", rank=0, **UNWATCHED), 0, 1, 1),
 }
 
