@@ -64,7 +64,7 @@ class Untouched:
         Only kinds that are open are read on. The net has to be as it was when these texts were read first.
         """
         parts: list[list[Tensor]] = [[] for _ in self.references]
-        left = tuple(range(len(self.references)))
+        left, whole = tuple(range(len(self.references))), self._positions(WINDOW)
         for stage in range(1 if self.full else len(STAGES)):
             with settled(self.net.model), torch.inference_mode():
                 for batch, seen, kinds in self._stage(stage, left):
@@ -72,8 +72,7 @@ class Untouched:
                     for kind in kinds.unique().tolist():
                         parts[kind].append(table[kinds == kind])
             tables = [torch.cat(part) if part else torch.empty(0, 4) for part in parts]
-            kls, whole = [table[:, 0] for table in tables], self._positions(WINDOW)
-            left = () if limit == math.inf else undecided(kls, whole, limit)
+            left = () if limit == math.inf else undecided([table[:, 0] for table in tables], whole, limit)
             if not left:
                 break
         names = [reference.name for reference in self.references]

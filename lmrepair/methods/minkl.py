@@ -75,7 +75,7 @@ class MinKl(Targeted):
         sites = sites if memory is None else memory.among(sites)
         # The last layer's steps are made behind it, where the best rival is always the present one.
         rivals = alone and sites.layers != (net.layers - 1,)
-        if margin is not None and memory is not None and memory.steps:
+        if margin is not None and memory is not None:
             return read_margins(net, batches, sites, focus, margin, memory.open, rivals)
         choose = None if margin is None else self._mistakes if rivals and not self._asked else self._first
         return read_margins(net, batches, sites, focus, margin, choose, rivals)
@@ -154,10 +154,9 @@ class MinKl(Targeted):
         """Most rank a layer, and most numbers in the factors of all; no rank where factors would not be smaller."""
         net = problem.net
         failures = sum(len(batch.tokens) for batch in problem.batches)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
         rank = self.rank * failures
         whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
-        return rank if rank < whole / 2 else 0, int(SHARED * size / 2) * failures
+        return rank if rank < whole / 2 else 0, int(SHARED * net.bytes / 2) * failures
 
     def _last_layer(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Step:
         """All steps at once for the last layer, without running the model."""

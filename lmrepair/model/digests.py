@@ -43,9 +43,8 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
         for name, tensor in net.model.state_dict().items()
         if isinstance(tensor, Tensor) and here(tensor).data_ptr() not in projections
     }
-    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
     with ThreadPoolExecutor() as pool:
-        each: Any = map if size < CHUNK or net.in_shards else pool.map  # ranks put shards together in one order
+        each: Any = map if net.bytes < CHUNK or net.in_shards else pool.map  # ranks put shards together in one order
         parts = list(each(lambda item: f"{item[0]} {digest(whole(item[1]))}", sorted(body.items())))
         layers = each(lambda layer: layer_digest(net, layer, changed.get(layer)), range(net.layers))
         experts = {at: place.groups for at, place in enumerate(net.anatomy.ffns) if not place.dense}

@@ -80,6 +80,11 @@ class Net:
         return next((token for token in tokens if token is not None and 0 <= token < len(table)), 0)
 
     @property
+    def bytes(self) -> int:
+        """Of all weights; in shards, on all ranks together."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+    @property
     def ends(self) -> frozenset[int]:
         """The tokens at which ``generate`` stops."""
         config = self.model.generation_config

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmrepair.failures import Tokens
-from lmrepair.model import Edit, LowRank, Net, settled
+from lmrepair.model import Edit, LowRank, Net, Preference, settled
 from lmrepair.patch.patch import Patch
 
 
@@ -72,15 +72,9 @@ def _margins(net: Net, tokens: Tokens, others: Sequence[Mapping[int, Edit]]) -> 
                 (slopes[layer].float() * _written(watched.inputs[layer], changes[layer])).sum() for layer in changes
             ]
             (shift,) = torch.autograd.grad(torch.stack(pulls).sum(), seed, retain_graph=True)
-            moved.append(_ahead(logits.detach() + shift, batch.wanted))
-    return float(_ahead(logits.detach(), batch.wanted).min()), [float(margins.min()) for margins in moved]
-
-
-def _ahead(logits: Tensor, wanted: Tensor) -> Tensor:
-    """How far the wanted tokens are ahead of their best rivals, [N]."""
-    there = wanted[:, None]
-    rival = logits.scatter(1, there, float("-inf")).max(dim=1).values
-    return logits.gather(1, there).squeeze(1) - rival
+            moved.append(Preference.of(logits.detach() + shift, batch.wanted))
+    least, *foretold = (-float(one.gap.max()) for one in (Preference.of(logits.detach(), batch.wanted), *moved))
+    return least, foretold
 
 
 def _written(read: Tensor, change: Edit) -> Tensor:

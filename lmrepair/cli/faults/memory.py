@@ -68,7 +68,7 @@ def solve_advice(net: Net, tokens: Sequence[Tokens], method: Method, alone: bool
         least = need(tokens, replace(method, **last))
         if least <= room and method.layers != "last":
             fits.append(f"--layers last ({_gb(least)})")
-    saved = sum(part.numel() * part.element_size() for part in net.model.parameters()) // 2
+    saved = net.bytes // 2
     if net.dtype.itemsize == 4 and need(tokens) <= room + saved:
         fits.append(f"--dtype bfloat16 (the weights take {_gb(saved)} less)")
     said = f"{len(tokens)} failures with {method.name} take about {_gb(need(tokens))}, and {_gb(room)} were free"

@@ -141,8 +141,7 @@ def _gate(net: Net, measured: Speed) -> float:
 
 def _checking(net: Net, measured: Speed) -> float:
     """The answer in greedy text, and the weights hashed: for the statistics, the patch, and what it is applied to."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters())
-    return float(TARGET * measured.answer + PRINTS * size * measured.byte)
+    return TARGET * measured.answer + PRINTS * net.bytes * measured.byte
 
 
 def _rate(net: Net, measured: Speed) -> float:
