@@ -18,7 +18,7 @@ from lmrepair.cli.faults import fitting, load_advice, solve_advice, verdict
 from lmrepair.measure import free
 from lmrepair.patch import save_model
 
-LITTLE = 200 << 20
+LITTLE = 120 << 20
 # The command line in a process that may take so much more memory than it has once the model is loaded.
 SCRIPT = """
 import resource, sys
@@ -48,7 +48,7 @@ def limited(folder: Path, room: int, *arguments: str) -> tuple[int, str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
 def test_what_is_said_to_fit_fits(tmp_path: Path) -> None:
     text = "# a line of text\n" * 8 + str(ROWS[0]["prompt"])
-    rows = [{**ROWS[0], "prompt": f"x{at} = {at}\n{text}", "id": str(at)} for at in range(40)]
+    rows = [{**ROWS[0], "prompt": f"x{at} = {at}\n{text}", "id": str(at)} for at in range(20)]
     write(tmp_path / "rows.jsonl", *rows)
     code, said = limited(tmp_path, LITTLE)
     assert code == 2, said
