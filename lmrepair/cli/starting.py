@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lmrepair.cli.faults import fitting, load_advice
 from lmrepair.cli.options import LoadOptions, RowOptions
 from lmrepair.cli.output import say
+from lmrepair.errors import UsageError
 from lmrepair.measure import free, visible
 
 if TYPE_CHECKING:
@@ -29,11 +30,16 @@ def start(failures: Path, rows_as: RowOptions, model: str | None, loading: LoadO
 def load_net(model: str | None, loading: LoadOptions) -> Net:
     import torch
 
-    from lmrepair.model import load
+    from lmrepair.model import DTYPES, load
 
     torch.manual_seed(loading.seed)
     with fitting(free(), partial(load_advice, model)):
         net = load(model, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust)
+    if net.dtype not in DTYPES.values():
+        raise UsageError(
+            f"{visible(net.name)}: its weights are {str(net.dtype).removeprefix('torch.')}, which no patch file holds; "
+            f"expected {', '.join(DTYPES)}: load it with --dtype float32"
+        )
     if net.source.unread:
         shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
         more = ", …" * (len(net.source.unread) > 3)

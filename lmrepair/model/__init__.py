@@ -8,7 +8,13 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import not_finite as not_finite, rows as rows, weight as weight, whole as whole
-    from lmrepair.model.batches import Batch as Batch, Preference as Preference, Reading as Reading, Sites as Sites
+    from lmrepair.model.batches import (
+        Batch as Batch,
+        Preference as Preference,
+        Reading as Reading,
+        Sites as Sites,
+        Watched as Watched,
+    )
     from lmrepair.model.digests import (
         Fingerprint as Fingerprint,
         digest as digest,

@@ -13,6 +13,7 @@ from torch import Tensor
 from lmrepair.errors import PatchError, WrongModelError
 from lmrepair.failures import write_atomically
 from lmrepair.model import (
+    DTYPES,
     Change,
     LowRank,
     Net,
@@ -184,7 +185,12 @@ class Patch(Contents):
         raise WrongModelError("the neurons the patch changes hold other values than it expects; is it another model?")
 
     def save(self, path: str | Path) -> None:
-        """Write the patch as one safetensors file: to a temporary file, flushed, then renamed."""
+        """Write the patch as one safetensors file: to a temporary file, flushed, then renamed.
+
+        Raises PatchError for weights of a dtype that no patch file holds.
+        """
+        if self.dtype not in DTYPES.values():
+            raise PatchError(f"{path}: a patch file holds {', '.join(DTYPES)}; this patch is of {_name(self.dtype)}")
         write_atomically(Path(path), self.serialise())
 
     @staticmethod

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 from command import Run, write
 
-from lmrepair import Star, cli
+from lmrepair import Star, cli, load
 from lmrepair.failures import shipped
 from lmrepair.methods import Step
 
@@ -217,6 +217,17 @@ def test_a_quantised_model_is_refused(run: Run, failures: Path, tmp_path: Path) 
     code, _, err = run("repair", failures, "--model", tmp_path / "quantised")
     assert code == 2
     assert "quantised" in err
+
+
+def test_weights_that_no_patch_file_holds_are_refused_before_the_work(run: Run, failures: Path, tmp_path: Path) -> None:
+    net = load(None, dtype="float32")
+    net.model.double().save_pretrained(tmp_path / "double")
+    net.tokenizer.save_pretrained(tmp_path / "double")
+    code, _, err = run("repair", failures, "--model", tmp_path / "double")
+    assert code == 2
+    assert "its weights are float64" in err
+    assert "--dtype float32" in err
+    assert run("diagnose", failures, "--model", tmp_path / "double", "--dtype", "float32")[0] == 1
 
 
 def test_a_damaged_patch_is_refused(run: Run, failures: Path) -> None:

@@ -77,6 +77,13 @@ def test_there_and_back_is_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: 
         loaded.revert(net)
 
 
+def test_a_patch_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    patch = made_on(oracle_models.net(dtype=torch.float64))
+    with pytest.raises(PatchError, match="holds float32, bfloat16, float16; this patch is of float64"):
+        patch.save(tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
 def test_only_the_chosen_columns_change(kind: str) -> None:
     net = oracle_models.net(kind)

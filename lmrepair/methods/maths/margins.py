@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.methods.maths.tail import Tail, states_before_norm
-from lmrepair.model import Batch, Net, Preference, Reading, Sites
+from lmrepair.model import Batch, Net, Preference, Reading, Sites, Watched
 
 SLOPES_AT_ONCE = 1 << 26  # numbers of slopes made by one backward pass: 256 MB in float32
 
@@ -92,10 +92,7 @@ def read_margins(
             value = ahead(logits.float(), batch.wanted, None if all_rivals else preference.rival)
             # No row's logits depend on another row's state, so one pass gives all of these.
             (slope,) = torch.autograd.grad(value.sum(), states, retain_graph=True)
-            outputs = [watched.outputs[layer] for layer in sites.layers]
-            inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
-            alone = sites.layers == (last,)
-            factors += _factors(batch, rows, slope, states, outputs, inputs, sites, part.start, alone, net)
+            factors += _factors(net, sites, batch, watched, rows, states, slope, part.start)
     joint = Preference.join(preferences)
     return Margins(joint, done, factors=tuple(factors), tail=Tail.join(tails) if tails and not done else None)
 
@@ -116,23 +113,18 @@ def _apart(net: Net, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _factors(
-    batch: Batch,
-    rows: Tensor,
-    slope: Tensor,
-    states: Tensor,
-    outputs: Sequence[Tensor],
-    inputs: Mapping[int, Tensor],
-    sites: Sites,
-    first: int,
-    last: bool,
-    net: Net,
+    net: Net, sites: Sites, batch: Batch, watched: Watched, rows: Tensor, states: Tensor, slope: Tensor, first: int
 ) -> list[Factors]:
-    """The factors of a batch's failures; ``last`` where the last layer alone is written to."""
+    """The factors of a batch's failures, whose N positions begin with number ``first``: of its ``rows``, a mask [N],
+    from the ``slope`` of each margin with respect to its own one of the ``states``.
+    """
     owned = [(rows & (batch.owner == index)).nonzero().squeeze(1) for index in range(len(batch.tokens))]
-    if last:
+    outputs = [watched.outputs[layer] for layer in sites.layers]
+    if sites.layers == (net.layers - 1,):
         joined = _at_own(batch, owned, slope, states, outputs[0])
     else:
         joined = _passes(owned, slope, states, outputs, not net.in_shards)
+    inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
     found = []
     for index, own in enumerate(owned):
         if not len(own):
