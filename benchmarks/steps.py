@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmrepair import Failure, Method, Net, Repair, diagnose, load, read_failures, repair_each
+from lmrepair import Failure, Method, Net, Patch, Repair, diagnose, load, read_failures, repair_each
 from lmrepair.failures import Reference, named, read_kinds
 from lmrepair.measure import measure_drift
 from lmrepair.methods import method_named
@@ -91,9 +91,24 @@ def _measured(net: Net, row: Failure, result: Repair, reference: Reference) -> d
     if result.patch is not None:
         (drift,) = measure_drift(net, [result.patch], reference)
         found["kl"] = drift.kl
+        found |= _experts(net, result.patch)
         with result.patch.on(net):
             found |= {"wordings": _preferred(net, worded)} if worded else {}
     return found
+
+
+def _experts(net: Net, patch: Patch) -> dict[str, int]:
+    """Of a mixture: how many experts a patch changes, and how few hold 95 % of the change's squared norm."""
+    parts: list[float] = []
+    for layer, change in patch.changes.items():
+        place = net.anatomy.ffns[layer]
+        if place.dense:
+            return {}
+        whole = torch.zeros(place.width, dtype=torch.float64)
+        whole[change.columns] = change.deltas.double().square().sum(dim=1)
+        parts += [float(part.sum()) for part in whole.split(list(place.widths))]
+    shares = torch.tensor(sorted(parts, reverse=True)).cumsum(0) / sum(parts)
+    return {"experts": sum(part > 0 for part in parts), "experts_95": int((shares < 0.95).sum()) + 1}
 
 
 def _preferred(net: Net, rows: Sequence[Failure]) -> float:
@@ -114,6 +129,9 @@ def _summary(name: str, found: Sequence[dict[str, Any]]) -> str:
     if worded:
         before, after = (mean(row[key] for row in worded) for key in ("wordings_before", "wordings"))
         parts.append(f"wordings {before:.3f} -> {after:.3f}")
+    for key, text in (("experts", "experts changed"), ("experts_95", "of 95 % of the change")):
+        if counts := [row[key] for row in found if key in row]:
+            parts.append(f"{text} {median(counts)}")
     return f"{name}: " + ", ".join(parts)
 
 
