@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         peft_config as peft_config,
         peft_on as peft_on,
         read_base as read_base,
+        refuse_experts as refuse_experts,
         save_gguf as save_gguf,
         save_peft as save_peft,
         until_held as until_held,

@@ -167,6 +167,13 @@ def test_engines_are_asked_as_an_export_asks_them() -> None:
     assert "no layer's number" in served(net)[0].refused
 
 
+def test_adapters_for_experts_are_not_promised() -> None:
+    peft, gguf, merged = served(mixtures.net("mixtral"))
+    assert peft.refused == gguf.refused
+    assert peft.refused.startswith("layers [0, 1] are mixtures of experts, and adapters for experts are not written")
+    assert merged.refused == ""
+
+
 def test_the_command(run: Run) -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")

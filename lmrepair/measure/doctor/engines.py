@@ -9,7 +9,7 @@ import torch
 
 from lmrepair.errors import LmrepairError
 from lmrepair.model import Net
-from lmrepair.patch import Factors, Modules, known_architecture, peft_config
+from lmrepair.patch import Factors, Modules, known_architecture, peft_config, refuse_experts
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Served:
 def served(net: Net) -> tuple[Served, ...]:
     """The kinds of export, with the refusal of each. What a GGUF file was read from, llama.cpp runs."""
     kind = str(net.model.config.model_type)
+    experts = _refusal(lambda: refuse_experts([at for at, place in enumerate(net.anatomy.ffns) if not place.dense]))
     known = "" if net.source.kind == "gguf" else _refusal(lambda: known_architecture(kind))
     return (
-        Served("peft", "PEFT, vLLM", _refusal(lambda: _peft(net))),
-        Served("gguf", "llama.cpp", known),
+        Served("peft", "PEFT, vLLM", experts or _refusal(lambda: _peft(net))),
+        Served("gguf", "llama.cpp", experts or known),
         Served("merged", "whatever runs the model", ""),
     )
 

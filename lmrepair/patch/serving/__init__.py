@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         held_whole as held_whole,
         holding as holding,
         least as least,
+        refuse_experts as refuse_experts,
     )
     from lmrepair.patch.serving.gguf import (
         Base as Base,

@@ -60,13 +60,12 @@ class Factors:
         return self.padded(fitting[0])
 
 
-def refuse_experts(patch: Patch) -> None:
-    """Raise UsageError for a patch that changes mixtures of experts, which no adapter is written for."""
-    experts = sorted({*patch.changes} & {*patch.fingerprint.experts})
-    if experts:
+def refuse_experts(mixtures: Sequence[int]) -> None:
+    """Raise UsageError where layers that are mixtures of experts change: no adapter is written for these."""
+    if mixtures:
         raise UsageError(
-            f"layers {experts} are mixtures of experts, and adapters for experts are not written; serve the patched "
-            "model itself: lmrepair apply, or --to merged"
+            f"layers {sorted(mixtures)} are mixtures of experts, and adapters for experts are not written; serve the "
+            "patched model itself: lmrepair apply, or --to merged"
         )
 
 
@@ -76,7 +75,7 @@ def exact(patch: Patch, widths: Mapping[int, int]) -> Factors:
     Raises PatchError for a layer that the model does not have, or a neuron that it has no room for, UsageError for
     a mixture of experts: what a LoRA does to an expert differs from engine to engine.
     """
-    refuse_experts(patch)
+    refuse_experts([*patch.changes.keys() & patch.fingerprint.experts.keys()])
     found = {}
     for layer, change in patch.changes.items():
         if layer not in widths or int(change.columns[-1]) >= widths[layer]:

@@ -52,7 +52,7 @@ def read_base(path: Path, patch: Patch) -> Base:
     Raises ModelError for a file that is no model in GGUF, WrongModelError where the base has other shapes, or
     holds neurons that are further from the patch's originals than any quantisation takes them.
     """
-    refuse_experts(patch)
+    refuse_experts([*patch.changes.keys() & patch.fingerprint.experts.keys()])
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
