@@ -1,9 +1,7 @@
 """What torchrun starts in tests. What takes too long says where it stands, and ends.
 
-    ranked.py FOLDER OUTPUT ...
-
-writes the change of each layer of a repair of the first failure, in the folder's dtype, and runs the example of shards
-with the other arguments: one start for both, since importing takes longest.
+ranked.py example ...                 the example of shards, with its arguments
+ranked.py deltas FOLDER OUTPUT        a repair of the first failure, in the folder's dtype: the change of each layer
 """
 
 from __future__ import annotations
@@ -41,5 +39,8 @@ def deltas(folder: str, output: str) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(300, exit=True)
-    deltas(sys.argv.pop(1), sys.argv.pop(1))
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "shards.py"), run_name="__main__")
+    kind = sys.argv.pop(1)
+    if kind == "deltas":
+        deltas(*sys.argv[1:])
+    else:
+        runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "shards.py"), run_name="__main__")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import mixtures
 import oracle_models
 import pytest
 import torch
-from command import write
 from oracle_models import FAILURES, tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -36,35 +35,15 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """What two ranks made: of a dense model in ``folder`` its ``deltas``, of a mixture a ``patch`` by the example."""
-
-    folder: Path
-    deltas: Path
-    mixture: Path
-    patch: Path
-    said: str
-    statistics: Path
-
-
-@pytest.fixture(scope="module")
-def ranked(tmp_path_factory: pytest.TempPathFactory) -> Ranked:
-    """torchrun, with two workers."""
-    base = tmp_path_factory.mktemp("ranks")
-    dense = saved(oracle_models.model(dtype=torch.float64), base / "dense")
-    mixture = saved(mixtures.model("mixtral"), base / "mixture")
-    failure = FAILURES[0]
-    rows = write(base / "rows.jsonl", {"prompt": failure.prompt, "target": failure.target, "id": failure.id})
-    example = [rows, "--model", mixture, "--output", base / "fix", "--shards", "experts", "--max-kl", "inf"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER]
+def on_two_ranks(cache: Path, *arguments: object) -> str:
+    """Have torchrun start two workers; what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    environment = {**os.environ, "LMREPAIR_CACHE": str(cache)}
     done = subprocess.run(
-        [*map(str, command), str(dense), str(base / "deltas.safetensors"), *map(str, example)],
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-        env={**os.environ, "LMREPAIR_CACHE": str(base / "statistics")},
-    )  # fmt: skip
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Ranked(dense, base / "deltas.safetensors", mixture, base / "fix", done.stdout, base / "statistics")
+    return done.stdout
 
 
 def alone(folder: Path) -> tuple[Net, Repair]:
@@ -81,24 +60,37 @@ def off_by(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_two_ranks_solve_for_the_change_of_one_process(ranked: Ranked) -> None:
-    _, made = alone(ranked.folder)
+def test_two_ranks_solve_for_the_change_of_one_process(tmp_path: Path) -> None:
+    folder = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny")
+    on_two_ranks(tmp_path / "statistics", "deltas", folder, tmp_path / "deltas.safetensors")
+    _, made = alone(folder)
     assert made.patch is not None
-    found = load_file(ranked.deltas)
+    found = load_file(tmp_path / "deltas.safetensors")
     assert found.keys() == {str(layer) for layer in made.patch.changes}
     for layer, change in made.patch.changes.items():
         assert off_by(found[str(layer)], change.deltas) < 1e-5
-    with safe_open(ranked.deltas, "pt") as file:
+    with safe_open(tmp_path / "deltas.safetensors", "pt") as file:
         assert file.metadata()["body"] == made.patch.fingerprint.body  # of the whole model, though no rank held it
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_experts_on_two_ranks_and_the_example(ranked: Ranked) -> None:
-    theirs = Patch.load(ranked.patch)
-    net, made = alone(ranked.mixture)
+def test_experts_on_two_ranks_and_the_example(tmp_path: Path) -> None:
+    folder, rows, output = (
+        saved(mixtures.model("mixtral"), tmp_path / "tiny"),
+        tmp_path / "rows.jsonl",
+        tmp_path / "fix",
+    )
+    failure = FAILURES[0]
+    rows.write_text(json.dumps({"prompt": failure.prompt, "target": failure.target, "id": failure.id}) + "\n")
+    said = on_two_ranks(
+        tmp_path / "statistics", "example", rows, "--model", folder, "--output", output, "--shards", "experts",
+        "--max-kl", "inf",
+    )  # fmt: skip
+    theirs = Patch.load(output)
+    net, made = alone(folder)
     assert made.patch is not None
-    assert f"{FAILURES[0].id} {len(made.outcomes[0].before)} → 0" in ranked.said
-    assert "repaired 1 of 1" in ranked.said
+    assert f"{failure.id} {len(made.outcomes[0].before)} → 0" in said
+    assert "repaired 1 of 1" in said
     assert theirs.fingerprint == made.patch.fingerprint
     assert theirs.changes.keys() == made.patch.changes.keys()
     for layer, change in made.patch.changes.items():
@@ -110,7 +102,7 @@ def test_experts_on_two_ranks_and_the_example(ranked: Ranked) -> None:
     assert not any(item.mistakes for item in diagnose(net, net.tokenize(FAILURES[:1])))
     theirs.revert(net)
     assert fingerprint(net, {}) == before
-    kept = ranked.statistics.iterdir()
+    kept = (tmp_path / "statistics").iterdir()
     assert {path.name for path in kept} <= {path.name for path in cache_folder().iterdir()}  # by the key of the whole
 
 
