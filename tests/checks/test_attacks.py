@@ -15,7 +15,7 @@ import pytest
 from lmrepair.checks import Checker, Limits, Sandbox, Task, Verdict
 
 SECRET = "the expected answer is a secret 8713"
-TESTS = "assert f(1) == 41713\nassert f(2) == 90210\n"
+TESTS = "assert f(1) == 41713906553271098442\nassert f(2) == 90210558127460039517\n"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fix.md"
 
 
@@ -204,6 +204,7 @@ def test_patching_the_checker(checker: Checker, body: str) -> None:
 
 
 def test_walking_the_heap_for_what_is_expected(checker: Checker) -> None:
+    # Twenty digits: five stood now and then in the address that a repr shows.
     walk = (
         "import gc, sys\n"
         "def seen():\n"
@@ -217,11 +218,13 @@ def test_walking_the_heap_for_what_is_expected(checker: Checker) -> None:
         "    for path in ('/proc/self/cmdline', '/proc/self/environ', '/proc/1/cmdline', '/proc/1/environ'):\n"
         "        try: found.add(open(path).read())\n"
         "        except OSError: pass\n"
-        "    return any('41' + '713' in text or '90' + '210' in text for text in found)\n"
+        "    return any('4171390' + '6553271098442' in text or '9021055' + '8127460039517' in text for text in found)\n"
         "def f(n):\n    return seen()\n"
     )
     assert judged(
-        checker, walk, "assert f(1) is False or f(1) == 41713\nassert f(2) is False or f(2) == 90210\n"
+        checker,
+        walk,
+        "assert f(1) is False or f(1) == 41713906553271098442\nassert f(2) is False or f(2) == 90210558127460039517\n",
     ).passed
 
 
