@@ -32,7 +32,7 @@ from lmrepair.bench.records import (
 )
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, named, read_failures, read_kinds, read_reference
+from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
 from lmrepair.measure import (
     Answer,
@@ -120,8 +120,9 @@ def _statistics(net: Net, job: Job) -> Statistics | None:
     asked = method.asks() if method is not None else None
     if asked is None or (spec.statistics is None and spec.own_texts is None):
         return None
-    text = read_reference(job.data_file(spec.statistics, "reference.jsonl")) if spec.statistics else None
-    return statistics_of(net, asked, text, own=spec.own_texts)
+    path = job.data_file(spec.statistics, "reference.jsonl") if spec.statistics else None
+    given = read_kept(path, job.cell.data.template) if path else None
+    return statistics_of(net, asked, given, own=spec.own_texts)
 
 
 def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:

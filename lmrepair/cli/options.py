@@ -18,7 +18,7 @@ from lmrepair.methods import METHODS, Method, method_named
 if TYPE_CHECKING:
     from lmrepair.failures import Failure, Reference
     from lmrepair.loop import Gate
-    from lmrepair.model import Net, Statistics
+    from lmrepair.model import Net, Progress, Statistics
     from lmrepair.patch import Patch
 
 Failures = Annotated[
@@ -158,8 +158,10 @@ def chosen_gate(
     return Gate(limit, tuple(read_kinds(reference)), protected, tuple(Patch.load(path) for path in memory))
 
 
-def chosen_statistics(net: Net, method: Method, path: Path | None, own: int | None) -> Statistics | None:
-    """Statistics of the text in a file and of the model's own; None with neither: the repair gathers the default."""
+def chosen_statistics(
+    net: Net, method: Method, path: Path | None, own: int | None, rows_as: RowOptions, progress: Progress
+) -> Statistics | None:
+    """Statistics of the text or the rows in a file and of the model's own; None with neither: the default ones."""
     if path is None and own is None:
         return None
     flag = "--statistics" if path is not None else "--own-texts"
@@ -167,10 +169,11 @@ def chosen_statistics(net: Net, method: Method, path: Path | None, own: int | No
     if asked is None:
         having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
         raise UsageError(f"{flag}: method {method.name!r} reads no reference text; methods that do: {having}")
-    from lmrepair.failures import read_reference
+    from lmrepair.failures import read_kept
     from lmrepair.model import statistics_of
 
-    return statistics_of(net, asked, read_reference(path) if path else None, own=own)
+    given = read_kept(path, rows_as.template, rows_as.chat, rows_as.end_turn) if path else None
+    return statistics_of(net, asked, given, own=own, progress=progress)
 
 
 def refuse_unwritable(target: Path | None, folder: bool) -> None:

@@ -62,8 +62,9 @@ Texts = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Text whose answers are to stay, read beside text that the model writes itself, by methods that minimise "
-        'the change on reference text: JSON lines with "text", or plain text.',
+        help="What is to stay, read beside text that the model writes itself, by methods that minimise the change on "
+        "reference text: a hundred other rows of the failures' own kind with right answers (in any form that failures "
+        'have, with --template or --chat), JSON lines with "text", or plain text.',
     ),
 ]
 OwnTexts = Annotated[
@@ -128,12 +129,14 @@ def repair(
     clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)
     fits = fitting(free_for(net), lambda room: solve_advice(net, net.tokenize(rows), chosen, alone, room))
-    known = chosen_statistics(net, chosen, statistics, own_texts)
     wordings = drawn_wordings(net, paraphrases, prefixes, loading.seed) if paraphrases or prefixes else None
     if failing is not None:
         rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
     served: dict[str, Any] | None = None
+    clock.part("other")
     with fits, progress_bars() as progress:
+        known = chosen_statistics(net, chosen, statistics, own_texts, rows_as, progress)
+        clock.part("statistics")
         if alone:
             repairs, sizes, drifts, saved = repair_alone(
                 net, rows, chosen, text, target, progress, gate, known, wordings, gating.drift

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lmrepair.failures.reference import (
         Reference as Reference,
         named as named,
+        read_kept as read_kept,
         read_kinds as read_kinds,
         read_reference as read_reference,
     )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from lmrepair.errors import FailuresError
 from lmrepair.failures.files import shipped
+from lmrepair.failures.forms import Template
+from lmrepair.failures.rows import Failure, read_failures
 from lmrepair.failures.sources import read_lines
+
+ROWS = (".jsonl", ".json", ".csv", ".parquet")  # how files of rows end
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,22 @@ def read_kinds(path: str | Path | None = None) -> list[Reference]:
     for kind, text in _texts(source):
         kinds.setdefault(kind or source.stem, []).append(text)
     return [named(kind, texts) for kind, texts in kinds.items()]
+
+
+def read_kept(
+    path: str | Path, template: Template | str | None = None, chat: bool = False, end_turn: bool = True
+) -> Reference | list[Failure]:
+    """What is to stay as it is: reference text, or rows with the answers that they have, read as failures are.
+
+    Rows are in files that end in .json, .csv or .parquet, or in .jsonl without a ``text`` in the first line. Raises
+    FailuresError as ``read_reference`` and ``read_failures`` do.
+    """
+    source = Path(path)
+    if source.suffix not in ROWS:
+        return read_reference(source)
+    if source.suffix == ".jsonl" and all("text" in row for _, row in islice(read_lines(source), 1)):
+        return read_reference(source)
+    return read_failures(source, template, chat=chat, end_turn=end_turn)
 
 
 def named(kind: str, texts: Sequence[str]) -> Reference:

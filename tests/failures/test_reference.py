@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures import named, read_kinds, read_reference, shipped, write_atomically
+from lmrepair.failures import (
+    Failure,
+    Reference,
+    named,
+    read_kept,
+    read_kinds,
+    read_reference,
+    shipped,
+    write_atomically,
+)
 
 
 def digest(*texts: str) -> str:
@@ -44,6 +53,35 @@ def test_texts_are_read_in_order_and_apart_by_kind(tmp_path: Path) -> None:
     plain.write_text("é\n日\n", encoding="utf-8")
     assert read_reference(plain).texts == ("é\n日\n",)
     assert [kind.name.split("@")[0] for kind in read_kinds(plain)] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "p", "target": "t"}\n{"prompt": "q", "target": "u"}\n'),
+        ("a.json", '[{"prompt": "p", "target": "t"}, {"prompt": "q", "target": "u"}]'),
+        ("a.csv", "prompt,target\np,t\nq,u\n"),
+    ],
+)
+def test_what_is_to_stay_may_be_rows_with_answers(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    found = read_kept(path, "# {prompt}\n{target}\n")
+    assert found == [Failure("# p\n", "t\n", "1"), Failure("# q\n", "u\n", "2")]
+    (asked, _) = read_kept(path, chat=True, end_turn=False)
+    assert isinstance(asked, Failure)
+    assert asked.messages[0]["content"] == "p"
+    assert not asked.end_turn
+
+
+def test_or_text(tmp_path: Path) -> None:
+    lines, plain = tmp_path / "a.jsonl", tmp_path / "a.py"
+    lines.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    plain.write_text("x = 1\n", encoding="utf-8")
+    assert read_kept(lines, "# {prompt}\n{target}") == read_reference(lines)
+    found = read_kept(plain)
+    assert isinstance(found, Reference)
+    assert found.texts == ("x = 1\n",)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,19 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 
 from lmrepair import ModelError, Net, Reference
 from lmrepair.errors import UsageError
-from lmrepair.failures.tokens import Tokens
+from lmrepair.failures import Failure, Tokens
 from lmrepair.model.moments import Asked, Moment, Statistics
-from lmrepair.model.statistics import beginnings, cache as module, cache_folder, gather, statistics_of, sums, windows
+from lmrepair.model.statistics import (
+    beginnings,
+    cache as module,
+    cache_folder,
+    gather,
+    statistics_of,
+    sums,
+    texts as texts_module,
+    windows,
+)
+from lmrepair.model.statistics.joining import joined
 from lmrepair.model.statistics.packing import pack, unpack
 
 FULL = Asked("full", "full", 64, 0.01)
@@ -218,6 +228,47 @@ def test_weighting_sees_a_position_that_little_reaches_and_much_depends_on() -> 
 
     assert cost(False) < true / 50
     assert true / 20 < cost(True) < 2 * true
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "blocks", "sampled"])
+def test_two_texts_joined_are_both_read_at_once(kind: str, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, steep = torch.randn(90, 6, generator=generator), torch.randn(90, 4, generator=generator)
+    z[60:], steep[60:] = 3 * z[60:].exp(), 0.1 * steep[60:]
+
+    def read(rows: slice) -> Statistics:
+        widths = (2, 4) if kind == "blocks" else ()
+        parts = {0: sums.Sum(kind, widths)}, {0: sums.Sum("full" if kind == "blocks" else kind)}
+        made = sums.Sums(None, [], *parts, None, None, None, weighted)  # type: ignore[arg-type]
+        pair = made._weighted(0, z[rows], steep[rows]) if weighted else (z[rows], steep[rows])
+        kept = torch.ones(len(z[rows]), dtype=torch.bool)
+        made.inputs[0].add(pair[0], kept)
+        made.outputs[0].add(pair[1], kept)
+        made.at = len(z[rows])
+        return made.statistics("text")
+
+    whole, both = read(slice(90)), joined(read(slice(60)), read(slice(60, 90)), weighted)
+    assert both.tokens == 90
+    for one, other in ((whole.inputs[0], both.inputs[0]), (whole.outputs[0], both.outputs[0])):
+        wide = torch.eye(one.values.shape[-1])
+        assert one.kind == other.kind
+        assert torch.allclose(
+            other.apply(wide), one.apply(wide), rtol=1e-4, atol=1e-4 * float(one.apply(wide).abs().max())
+        )
+
+
+def test_joined_texts_of_which_nothing_is_known_count_by_their_length() -> None:
+    """Where no position has a gradient, weights would be nothing by nothing."""
+    parts = [
+        Statistics(
+            {0: Moment("diagonal", torch.full((2,), value))}, {0: Moment("diagonal", torch.zeros(2))}, "text", count
+        )
+        for value, count in ((1.0, 30), (4.0, 10))
+    ]
+    both = joined(*parts, weighted=True)
+    assert torch.allclose(both.inputs[0].values, torch.full((2,), 1.75))
+    assert both.name == "text, text"
 
 
 def test_none_keeps_the_scale_and_prefers_no_direction() -> None:
@@ -443,6 +494,7 @@ def same(one: Statistics, other: Statistics, kept: Callable[[Moment], Moment] = 
 
 
 ASKED = Asked("sampled", "full", 20, 0.01)
+ROWS = [Failure(f"def f{at}(x):\n", f"    return x + {at}\n", str(at)) for at in range(4)]
 
 
 def test_what_is_kept_is_what_was_gathered(gathered: list[str], tmp_path: Path) -> None:
@@ -451,9 +503,9 @@ def test_what_is_kept_is_what_was_gathered(gathered: list[str], tmp_path: Path) 
         del gathered[:]
         first = statistics_of(net, asked, REFERENCE, cache=tmp_path)
         again = statistics_of(oracle_models.net(), asked, REFERENCE, cache=tmp_path)
-        assert len(gathered) == 1
+        assert len(gathered) == 2, "the model's own text, and the reference"
         assert same(first, again)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 8
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
 
 
@@ -467,18 +519,40 @@ def test_the_text_is_the_models_own_and_the_reference(gathered: list[str], tmp_p
     assert more.tokens == 3 * 16 + sum(len(item.target) for item in windows(net, REFERENCE.texts))
     assert "mine" in more.name
     assert same(alone, gather(net, own, FULL, alone.name), packed)
-    assert same(more, gather(net, [*own, *windows(net, REFERENCE.texts)], FULL, more.name), packed)
-    fewer = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=1)
-    assert same(
-        fewer, gather(net, [*net.sample(1, 16, begun=begun), *windows(net, REFERENCE.texts)], FULL, fewer.name), packed
-    )
     given = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=0)
     assert given.name == "mine"
     assert same(given, gather(net, windows(net, REFERENCE.texts), FULL, "mine"), packed)
+    assert same(more, joined(alone, given, False))
+    fewer = statistics_of(net, FULL, REFERENCE, cache=tmp_path, own=1)
+    one = gather(net, net.sample(1, 16, begun=begun), FULL, fewer.name.removesuffix(", mine"))
+    assert same(fewer, joined(statistics_of(net, FULL, cache=tmp_path, own=1), given, False))
+    assert same(statistics_of(net, FULL, cache=tmp_path, own=1), one, packed)
     assert len({item.name for item in (alone, more, fewer, given)}) == 4
     with pytest.raises(UsageError, match="expected 1 or more, or 0 beside other reference text"):
         statistics_of(net, FULL, cache=tmp_path, own=0)
-    assert len(gathered) == 4
+    assert len(gathered) == 3, "own texts, fewer of them, and what is given: each once"
+
+
+def test_rows_are_read_with_their_answers_as_far_as_there_is_room(
+    gathered: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = oracle_models.net()
+    texts = [net.tokenizer(row.prompt + row.target)["input_ids"] for row in ROWS]
+    tokens = [Tokens(str(at), tuple(ids[:1]), tuple(ids[1:])) for at, ids in enumerate(texts)]
+    whole = statistics_of(net, FULL, ROWS, cache=tmp_path, own=0)
+    assert whole.name == "4 of 4 rows"
+    assert same(whole, gather(net, tokens, FULL, whole.name), packed)
+    beside = statistics_of(net, FULL, ROWS, cache=tmp_path, own=1)
+    assert beside.tokens == 16 + whole.tokens
+    monkeypatch.setattr(texts_module, "ROOM", len(texts[0]) + len(texts[1]) - 2)
+    first = statistics_of(net, FULL, ROWS, cache=tmp_path, own=0)
+    assert first.name == "2 of 4 rows"
+    assert same(first, gather(net, tokens[:2], FULL, first.name), packed)
+    monkeypatch.setattr(texts_module, "WINDOW", 5)
+    cut = statistics_of(net, FULL, ROWS[:1], cache=tmp_path, own=0)
+    assert same(cut, gather(net, [Tokens("0", tokens[0].prompt, tokens[0].target[:4])], FULL, cut.name), packed)
+    with pytest.raises(UsageError, match="0 texts of the model's own"):
+        statistics_of(net, FULL, [], cache=tmp_path, own=0)
 
 
 def test_anything_else_is_gathered_anew(gathered: list[str], tmp_path: Path) -> None:
@@ -495,10 +569,11 @@ def test_anything_else_is_gathered_anew(gathered: list[str], tmp_path: Path) -> 
     statistics_of(net, Asked("sampled", "full", 21, 0.01), REFERENCE, cache=tmp_path)
     statistics_of(net, Asked("full", "full", 20, 0.01), REFERENCE, cache=tmp_path)
     statistics_of(net, Asked("sampled", "diagonal", 20, 0.01), REFERENCE, cache=tmp_path)
-    assert len(gathered) == len(list(tmp_path.iterdir())) == 10
+    # One of these ten asks for nothing new, one for a new text alone, eight for both.
+    assert len(gathered) == len(list(tmp_path.iterdir())) == 17
     # Damping is added afterwards: no reason to read again.
     statistics_of(net, Asked("sampled", "full", 20, 0.5), REFERENCE, cache=tmp_path)
-    assert len(gathered) == 10
+    assert len(gathered) == 17
 
 
 def flip(at: float) -> Any:

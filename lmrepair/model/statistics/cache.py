@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import UsageError
-from lmrepair.failures import Reference, Tokens, write_atomically
+from lmrepair.failures import Failure, Reference, Tokens, write_atomically
 from lmrepair.model.anatomy import agreed
-from lmrepair.model.digests import fingerprint
+from lmrepair.model.digests import Fingerprint, fingerprint
 from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
 from lmrepair.model.net import Net, settled
 from lmrepair.model.progress import Progress, quiet
+from lmrepair.model.statistics.joining import joined
 from lmrepair.model.statistics.packing import pack, shapes, size, unpack
 from lmrepair.model.statistics.sums import Sums, kind_for
-from lmrepair.model.statistics.texts import beginnings, windows
+from lmrepair.model.statistics.texts import answered, beginnings, windows
 
 log = logging.getLogger("lmrepair")
 
@@ -68,13 +69,14 @@ def planned(net: Net, asked: Asked, own: int | None = None, given: int = 0) -> P
 def statistics_of(
     net: Net,
     asked: Asked,
-    reference: Reference | None = None,
+    reference: Reference | Sequence[Failure] | None = None,
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress = quiet,
     own: int | None = None,
 ) -> Statistics:
-    """The statistics a method asks for, from text the model writes by itself and, if given, a reference too.
+    """The statistics a method asks for, from text the model writes by itself and, if given, a reference too: texts,
+    or rows with their answers, of which the first 4,608 tokens are read.
 
     ``own``: how many texts the model writes (default TEXTS); 0 where the reference alone is to be read.
     Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
@@ -82,29 +84,67 @@ def statistics_of(
     without. What it takes is said through ``progress`` before it starts; a run that is cut off is taken up
     where it stood some seconds before.
     """
-    given = windows(net, reference.texts) if reference else []
+    given, other = _given(net, reference)
     plan = planned(net, asked, own, sum(len(item.target) for item in given))
-    count, length, kinds = plan.own, plan.length, plan.kinds
-    if count < (reference is None):
-        raise UsageError(f"{count} texts of the model's own; expected 1 or more, or 0 beside other reference text")
-    parts = [f"{count} x {length} own tokens, seed {seed}"] if count else []
-    name = ", ".join([*parts, reference.name] if reference else parts)
-    model = fingerprint(net, {})
-    read = hashlib.sha256(json.dumps([item.ids for item in given]).encode()).hexdigest()
-    wanted = {"format": FORMAT, "body": model.body, "layers": model.layers, "text": name, "given": read,
-              "kinds": sorted(kinds.items()), "samples": asked.samples, "torch": torch.__version__,
-              "weighted": asked.weighted, "begun": beginnings(net, length) if count else []}  # fmt: skip
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    file = _File((cache or cache_folder()) / f"statistics-{key[:32]}.safetensors", key)
-    found = _kept(file, net, kinds)
-    if net.in_shards and not agreed(None if found is None else found[1].get("digest")):
-        found = None  # every rank gathers, or none does
-    if found is None:
-        progress(f"statistics, once for this model: {plan.tokens:,} tokens, {plan.bytes / 1e6:.0f} MB kept", 0, 1)
-        found = _packed(_gathered(file, net, given, asked, (count, length, seed), progress))
-        file.write(*found)
-        file.part.remove()
-    return _statistics(found, kinds, name)
+    if plan.own < (not given):
+        raise UsageError(f"{plan.own} texts of the model's own; expected 1 or more, or 0 beside other reference text")
+    source = _Gathering(net, asked, plan.kinds, seed, cache or cache_folder(), fingerprint(net, {}))
+    texts = [_Text(f"{plan.own} x {plan.length} own tokens, seed {seed}", plan.own, plan.length)] if plan.own else []
+    texts += [_Text(other, 0, plan.length, given)] if given else []
+    parts = [source.once(text, progress) for text in texts]
+    return parts[0] if len(parts) == 1 else joined(parts[0], parts[1], asked.weighted)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is read for statistics: ``own`` texts of ``length`` tokens that the model writes, or what is ``given``."""
+
+    name: str
+    own: int
+    length: int
+    given: Sequence[Tokens] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.own * self.length + sum(len(item.target) for item in self.given)
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Where statistics come from: a model and what is asked of it, and the folder in which they may be already."""
+
+    net: Net
+    asked: Asked
+    kinds: Kinds
+    seed: int
+    folder: Path
+    model: Fingerprint
+
+    def once(self, text: _Text, progress: Progress) -> Statistics:
+        """The statistics of a text, gathered where they are not in the folder."""
+        file = self._file(text)
+        found = _kept(file, self.net, self.kinds)
+        if self.net.in_shards and not agreed(None if found is None else found[1].get("digest")):
+            found = None  # every rank gathers, or none does
+        if found is None:
+            room = planned(self.net, self.asked).bytes / 1e6
+            what = "this model" if text.own else text.name
+            progress(f"statistics, once for {what}: {text.tokens:,} tokens, {room:.0f} MB kept", 0, 1)
+            own = (text.own, text.length, self.seed)
+            found = _packed(_gathered(file, self.net, text.given, self.asked, own, progress))
+            file.write(*found)
+            file.part.remove()
+        return _statistics(found, self.kinds, text.name)
+
+    def _file(self, text: _Text) -> _File:
+        asked, begun = self.asked, beginnings(self.net, text.length) if text.own else []
+        given = [[self.seed], *(item.ids for item in text.given)] if text.given else []
+        read = hashlib.sha256(json.dumps(given).encode()).hexdigest()
+        wanted = {"format": FORMAT, "body": self.model.body, "layers": self.model.layers, "text": text.name,
+                  "given": read, "kinds": sorted(self.kinds.items()), "samples": asked.samples,
+                  "torch": torch.__version__, "weighted": asked.weighted, "begun": begun}  # fmt: skip
+        key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+        return _File(self.folder / f"statistics-{key[:32]}.safetensors", key)
 
 
 def cache_folder() -> Path:
@@ -116,6 +156,16 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "lmrepair"
     except RuntimeError:  # a user without a home: no folder at all, where nothing is found and nothing can be kept
         return Path(os.devnull) / "lmrepair"
+
+
+def _given(net: Net, reference: Reference | Sequence[Failure] | None) -> tuple[list[Tokens], str]:
+    """The tokens of reference text that is given, and what it is called."""
+    if not reference:
+        return [], ""
+    if isinstance(reference, Reference):
+        return windows(net, reference.texts), reference.name
+    given = answered(net, reference)
+    return given, f"{len(given)} of {len(reference)} rows"
 
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them

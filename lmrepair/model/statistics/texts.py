@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Tokens
+from lmrepair.failures import Failure, Tokens
 from lmrepair.model.net import Net
 
 WINDOW = 256  # tokens read of one reference text
+ROOM = 4608  # tokens read of rows that are given: as many as a model writes by itself
 BEGUN = 8  # tokens at most that are given of a text's beginning
 BEGINNINGS = (
     "import os\n\n\ndef ",
@@ -47,4 +48,17 @@ def windows(net: Net, texts: Sequence[str]) -> list[Tokens]:
             found.append(Tokens(str(index), tuple(ids[:1]), tuple(ids[1:])))
     if not found:
         raise FailuresError("the reference text is too short: expected texts of two tokens or more")
+    return found
+
+
+def answered(net: Net, rows: Sequence[Failure]) -> list[Tokens]:
+    """Rows with their answers, the first of them whose tokens come to ROOM, read as ``windows`` reads texts."""
+    length, left = min(WINDOW, net.anatomy.context or WINDOW), ROOM
+    found = []
+    for row in rows:
+        if left <= 0:
+            break
+        ids = net.tokenize([row])[0].ids[:length]
+        found.append(Tokens(row.id, ids[:1], ids[1:]))
+        left -= len(ids) - 1
     return found
