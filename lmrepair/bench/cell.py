@@ -32,7 +32,7 @@ from lmrepair.bench.records import (
 )
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
+from lmrepair.failures import Failure, Reference, kindred, named, read_failures, read_kept, read_kinds, read_reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
 from lmrepair.measure import (
     Answer,
@@ -87,7 +87,8 @@ def measure(job: Job) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     net = load(job.model_source(), device=job.device, dtype=cell.model.dtype)
     references = [_reference(net, spec, job) for spec in cell.drift]
-    study = _Study(net, cell, _rows(net, job), references, _statistics(net, job))
+    rows = _rows(net, job)
+    study = _Study(net, cell, rows, references, _statistics(net, job, rows.failing))
     found = study.run()
     return {
         "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
@@ -113,7 +114,7 @@ def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
     return replace(whole, texts=tuple(texts))
 
 
-def _statistics(net: Net, job: Job) -> Statistics | None:
+def _statistics(net: Net, job: Job, failing: Sequence[Failure]) -> Statistics | None:
     """What the method knows of reference text, where the grid gives it more than the model's own."""
     spec = job.cell.method
     method = spec.build(job.cell.targeting, job.cell.seed)
@@ -121,8 +122,8 @@ def _statistics(net: Net, job: Job) -> Statistics | None:
     if asked is None or (spec.statistics is None and spec.own_texts is None):
         return None
     path = job.data_file(spec.statistics, "reference.jsonl") if spec.statistics else None
-    given = read_kept(path, job.cell.data.template) if path else None
-    return statistics_of(net, asked, given, own=spec.own_texts)
+    alike = kindred(failing) if asked.kindred and spec.own_texts else None
+    return statistics_of(net, asked, read_kept(path, job.cell.data.template) if path else alike, own=spec.own_texts)
 
 
 def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:

@@ -110,6 +110,12 @@ class RowOptions:
 
         return read_failures(path, self.template, self.limit, self.chat, self.end_turn)
 
+    def read_kept(self, path: Path | None) -> Reference | list[Failure] | None:
+        """What is to stay: text, or rows that are read as the failures are."""
+        from lmrepair.failures import read_kept
+
+        return read_kept(path, self.template, self.chat, self.end_turn) if path is not None else None
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -159,21 +165,26 @@ def chosen_gate(
 
 
 def chosen_statistics(
-    net: Net, method: Method, path: Path | None, own: int | None, rows_as: RowOptions, progress: Progress
+    net: Net,
+    method: Method,
+    kept: Reference | Sequence[Failure] | None,
+    own: int | None,
+    rows: Sequence[Failure],
+    progress: Progress,
 ) -> Statistics | None:
-    """Statistics of the text or the rows in a file and of the model's own; None with neither: the default ones."""
-    if path is None and own is None:
+    """Statistics of what is to stay and of ``own`` texts of the model's; None with neither: the default ones."""
+    if kept is None and own is None:
         return None
-    flag = "--statistics" if path is not None else "--own-texts"
+    flag = "--statistics" if kept is not None else "--own-texts"
     asked = method.asks()
     if asked is None:
         having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
         raise UsageError(f"{flag}: method {method.name!r} reads no reference text; methods that do: {having}")
-    from lmrepair.failures import read_kept
+    from lmrepair.failures import kindred
     from lmrepair.model import statistics_of
 
-    given = read_kept(path, rows_as.template, rows_as.chat, rows_as.end_turn) if path else None
-    return statistics_of(net, asked, given, own=own, progress=progress)
+    alike = kindred(rows) if kept is None and own and asked.kindred else None
+    return statistics_of(net, asked, kept or alike, own=own, progress=progress)
 
 
 def refuse_unwritable(target: Path | None, folder: bool) -> None:

@@ -125,6 +125,7 @@ def repair(
 
     clock.part("importing")
     gate = chosen_gate(gating, reference, not alone and preset is None, rows_as.template, rows_as.end_turn)
+    kept = rows_as.read_kept(statistics)
     rows, net = start(failures, rows_as, model, loading)
     clock.part("loading", {"placing": net.placing_seconds})
     text = read_reference(reference)
@@ -135,7 +136,7 @@ def repair(
     served: dict[str, Any] | None = None
     clock.part("other")
     with fits, progress_bars() as progress:
-        known = chosen_statistics(net, chosen, statistics, own_texts, rows_as, progress)
+        known = chosen_statistics(net, chosen, kept, own_texts, rows, progress)
         clock.part("statistics")
         if alone:
             repairs, sizes, drifts, saved = repair_alone(

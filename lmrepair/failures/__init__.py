@@ -35,6 +35,6 @@ if TYPE_CHECKING:
     )
     from lmrepair.failures.sources import STANDARD_INPUT as STANDARD_INPUT, read_lines as read_lines
     from lmrepair.failures.tokens import Tokens as Tokens, prompt_ids as prompt_ids, tokenize as tokenize
-    from lmrepair.failures.wordings import Wordings as Wordings
+    from lmrepair.failures.wordings import Wordings as Wordings, kindred as kindred
 
 __getattr__, __dir__ = door(__name__)

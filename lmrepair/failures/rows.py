@@ -29,7 +29,8 @@ class Failure:
     ``paraphrases`` are other prompts, or other chats, that ask for the same target.
 
     ``turn``: the assistant's turn that the target is, where it is more than a text (it calls tools); the
-    template writes it. ``end_turn``: in a chat, the target goes on to the token that ends the turn.
+    template writes it. ``end_turn``: in a chat, the target goes on to the token that ends the turn. ``template``:
+    what the prompt and the target were wrapped in.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Failure:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     turn: Message | None = None
     end_turn: bool = True
+    template: Template | None = field(default=None, compare=False, repr=False)
 
     def __hash__(self) -> int:
         return hash((self.prompt, self.target, self.id))
@@ -94,6 +96,7 @@ class Failure:
             prompt=template.prompt(self.prompt),
             target=template.target(self.target),
             paraphrases=tuple(template.prompt(text) for text in self.paraphrases if isinstance(text, str)),
+            template=template,
         )
 
     def in_chat(self) -> Failure:

@@ -58,8 +58,9 @@ def repair(
     was, bit for bit; it is as it was if nothing could be repaired. Failures that resist are reported
     with a reason, the others are kept. Drift is measured on ``reference`` (default: the shipped texts): "quick"
     reads the beginning of each text, with a gate as far as it takes to decide; "full" all of them.
-    A method that needs ``statistics`` of reference text has them gathered from text the model writes by
-    itself, once for each model, unless they are given.
+    A method that needs ``statistics`` of reference text has them gathered, unless they are given: from text the
+    model writes by itself, once for each model, and (minkl) from other requests under the failures' template or in
+    their chats, once for each form.
 
     ``wordings``: other prompts that are solved together with the failures, so that the repair carries over;
     whether they come out right in the end is not part of the result.
@@ -77,7 +78,7 @@ def repair(
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
     method, full = method or MinKl(), read_fully(drift)
-    known = Known.of(net, method, statistics, progress)
+    known = Known.of(net, method, failures, statistics, progress)
     case = Case.of(net, failures)
     guard = Guard.of(net, gate, reference, case.tokens, full) if gate is not None else None
     attempt = _kept(case, method, known, guard, progress, wordings)
@@ -118,7 +119,7 @@ def repair_each(
     """
     method = method or MinKl()
     full = read_fully(drift)
-    known = Known.of(net, method, statistics, progress)
+    known = Known.of(net, method, failures, statistics, progress)
     guard = Guard.of(net, gate, None, net.tokenize(failures), full) if gate is not None else None
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)

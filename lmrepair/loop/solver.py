@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmrepair.diagnosis import Diagnosis, Heard, Probe, diagnoses, listening
 from lmrepair.errors import NotFiniteError, UsageError
-from lmrepair.failures import Tokens, Wordings
+from lmrepair.failures import Failure, Tokens, Wordings, kindred
 from lmrepair.methods import Method, Problem
 from lmrepair.methods.maths import Bases
 from lmrepair.model import (
@@ -47,7 +47,9 @@ class Known:
     seconds: float
 
     @staticmethod
-    def of(net: Net, method: Method, statistics: Statistics | None, progress: Progress) -> Known:
+    def of(
+        net: Net, method: Method, failures: Sequence[Failure], statistics: Statistics | None, progress: Progress
+    ) -> Known:
         bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
         if method.steers:
             _ = bases.exact  # once for all failures, and in no failure's time
@@ -55,7 +57,8 @@ class Known:
         if asked is None:
             return Known(bases, None, 0.0)
         if statistics is None:
-            statistics = statistics_of(net, asked, progress=progress)
+            alike = kindred(failures) if asked.kindred else None
+            statistics = statistics_of(net, asked, alike, progress=progress)
         return Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
 
 

@@ -58,7 +58,7 @@ class MinKl(Targeted):
     def asks(self) -> Asked:
         from lmrepair.model import Asked
 
-        return Asked(self.inputs, self.outputs, self.samples, self.damping, weighted=True)
+        return Asked(self.inputs, self.outputs, self.samples, self.damping, weighted=True, kindred=True)
 
     def read(
         self,

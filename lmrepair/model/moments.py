@@ -185,7 +185,7 @@ class Asked:
     ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal. ``weighted``:
     each position counts in one moment by the square of its vector in the other, so that C ⊗ F is near E[zzᵀ ⊗ δδᵀ]
     where the two depend on each other: at a text's first position, on which attention rests, coefficients are
-    small and gradients large.
+    small and gradients large. ``kindred``: other requests in the failures' own form are read too.
     """
 
     inputs: str
@@ -193,6 +193,7 @@ class Asked:
     samples: int
     damping: float
     weighted: bool = False
+    kindred: bool = False
 
 
 @dataclass(frozen=True)

@@ -169,11 +169,16 @@ BAD = {
     "output is a folder": (b'{"prompt": "a", "target": "b"}\n', ["--output", "."], "is a folder"),
     "statistics for nothing": (
         b'{"prompt": "a", "target": "b"}\n',
-        ["--method", "star", "--statistics", "own.txt"],
+        ["--method", "star", "--statistics", __file__],
         "methods that do: minkl",
     ),
     "no text at all": (b'{"prompt": "a", "target": "b"}\n', ["--own-texts", "0"], "0 texts of the model's own"),
     "no statistics": (b'{"prompt": "a", "target": "b"}\n', ["--statistics", "none.txt"], "none.txt"),
+    "no rows for statistics": (
+        b'{"prompt": "a", "target": "b"}\n',
+        ["--statistics", "none.jsonl"],
+        "none.jsonl: no such",
+    ),
     "preset of another": (b'{"prompt": "a", "target": "b"}\n', ["--preset", "paper"], "these have it: star"),
     "no reference": (b'{"prompt": "a", "target": "b"}\n', ["--reference", "none.txt"], "none.txt"),
 }

@@ -10,8 +10,9 @@ from oracle_models import TEXT, bold_star
 
 from lmrepair.diagnosis.mistakes import diagnose
 from lmrepair.errors import UsageError
+from lmrepair.failures.forms import Template
 from lmrepair.failures.rows import Failure
-from lmrepair.failures.wordings import Wordings
+from lmrepair.failures.wordings import REQUESTS, Wordings, kindred
 from lmrepair.loop.loop import repair, repair_each
 from lmrepair.loop.solver import PREFIX as LENGTH, drawn_wordings
 from lmrepair.methods.minkl import MinKl
@@ -83,3 +84,32 @@ def test_wordings_are_repaired_with_the_failure(method: MinKl | Star) -> None:
     assert alone.patch is not None
     with alone.patch.on(net):
         assert not any(item.mistakes for item in diagnose(net, others))
+
+
+COMMENT, SHELL = Template.parse("# {prompt}\\n{target}"), Template.parse("$ {prompt}\\n{target}\\n")
+SYSTEM, USER = {"role": "system", "content": "be brief"}, {"role": "user", "content": "say it"}
+ANSWER = {"role": "assistant", "content": "hm"}
+
+
+def test_other_requests_stand_in_the_failures_own_form() -> None:
+    found = kindred([FAILURE.wrapped(COMMENT), replace(FAILURE, prompt="speak").wrapped(COMMENT)])
+    assert [one.prompt for one in found] == [f"# {text}\n" for text in REQUESTS]
+    assert {(one.target, one.paraphrases) for one in found} == {("", ())}
+    assert len({one.id for one in found}) == len(REQUESTS) == 32
+    both = kindred([FAILURE.wrapped(COMMENT), FAILURE.wrapped(SHELL)])
+    assert [one.prompt for one in both[:2]] == [f"# {REQUESTS[0]}\n", f"$ {REQUESTS[1]}\n"]
+    assert len(both) == 32
+
+
+def test_or_in_their_chats() -> None:
+    asked = Failure("", "no", "a", messages=(SYSTEM, USER, ANSWER, USER), tools=({"name": "f"},), end_turn=False)
+    found = kindred([asked, replace(asked, messages=(SYSTEM, {**USER, "content": "other"}))])
+    assert [one.messages for one in found] == [(SYSTEM, {"role": "user", "content": text}) for text in REQUESTS]
+    assert all(one.tools == asked.tools and not one.end_turn and not one.target for one in found)
+    plain = kindred([FAILURE.in_chat(), asked])
+    assert [len(one.messages) for one in plain[:2]] == [1, 2]
+
+
+def test_prompts_without_a_form_have_none() -> None:
+    assert kindred([FAILURE, FAILURE.wrapped(Template.parse("{prompt}{target}"))]) == []
+    assert kindred([]) == []

@@ -14,8 +14,10 @@ import torch
 from oracle_models import FAILURES, TEXT, State, bold_star
 
 from lmrepair import Failure, FailuresError, Method, Net, Sgd, Star, diagnose, load, read_failures, repair
+from lmrepair.failures import kindred
+from lmrepair.failures.forms import Template
 from lmrepair.failures.tokens import Tokens
-from lmrepair.loop import loop
+from lmrepair.loop import loop, solver
 from lmrepair.loop.loop import repair_each
 from lmrepair.methods import DEFAULT, method_named
 from lmrepair.methods.base import Problem, Step
@@ -39,6 +41,23 @@ def test_together(kind: str, dtype: torch.dtype) -> None:
     assert result.drift is not None
     assert result.patch.made.drift["kl"] == result.drift.kl > 0
     assert result.cost.steps > 0 < result.cost.forward_equivalents
+
+
+@pytest.mark.parametrize(("name", "reads"), [("minkl", True), ("memit", False), ("star", None)])
+def test_the_least_change_leaves_other_requests_in_the_failures_form_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, name: str, reads: bool | None
+) -> None:
+    """minkl reads them beside the model's own text; the published methods read what they always read."""
+    given: list[object] = []
+    method = method_named(name)
+    monkeypatch.setattr(
+        solver,
+        "statistics_of",
+        lambda net, asked, alike, progress: given.append(alike) or oracle_models.statistics(net, method),
+    )
+    failures = [failure.wrapped(Template.parse("# {prompt}\\n{target}")) for failure in FAILURES]
+    solver.Known.of(oracle_models.net(), method, failures, None, loop.quiet)
+    assert given == ([] if reads is None else [kindred(failures) if reads else None])
 
 
 def answered(net: Net) -> Failure:

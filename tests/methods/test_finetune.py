@@ -44,7 +44,7 @@ def test_a_second_problem_starts_afresh_on_what_the_first_left(kind: type[FineTu
     net = oracle_models.net()
     method = kind(learning_rate=0.01, mode="batch", epochs=3, early=False, max_probe_kl=math.inf)
     both = loop._attempt(
-        loop.Case.of(net, FAILURES[:2]), method, Known.of(net, method, None, loop.quiet), loop.quiet, None
+        loop.Case.of(net, FAILURES[:2]), method, Known.of(net, method, FAILURES[:2], None, loop.quiet), loop.quiet, None
     ).changes
     summed: dict[int, torch.Tensor] = {}
     with ExitStack() as applied:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -553,6 +554,25 @@ def test_rows_are_read_with_their_answers_as_far_as_there_is_room(
     assert same(cut, gather(net, [Tokens("0", tokens[0].prompt, tokens[0].target[:4])], FULL, cut.name), packed)
     with pytest.raises(UsageError, match="0 texts of the model's own"):
         statistics_of(net, FULL, [], cache=tmp_path, own=0)
+
+
+def test_prompts_alone_are_read_to_their_last_position(gathered: list[str], tmp_path: Path) -> None:
+    """At which the answer begins: a token behind it is read for that, whichever it is."""
+    net = oracle_models.net()
+    rows = [replace(row, target="") for row in ROWS]
+    ids = [net.tokenizer(row.prompt)["input_ids"] for row in rows]
+    found = statistics_of(net, FULL, rows, cache=tmp_path, own=0)
+    assert found.name == "4 of 4 requests in the failures' form"
+    assert found.tokens == sum(map(len, ids))
+    by_hand = [Tokens(str(at), (one[0],), (*one[1:], 5)) for at, one in enumerate(ids)]
+    assert torch.equal(found.inputs[1].values, unpack(pack(gather(net, by_hand, FULL, "").inputs[1])).values)
+
+
+def test_prompts_that_cannot_be_asked_are_left_out(gathered: list[str], tmp_path: Path) -> None:
+    net = oracle_models.net()
+    chat, long = Failure("", "", "chat", messages=({"role": "user", "content": "x"},)), Failure("x = 1; " * 3000, "")
+    assert statistics_of(net, FULL, [chat, ROWS[0], long], cache=tmp_path).name.endswith("1 of 3 rows")
+    assert same(statistics_of(net, FULL, [chat, long], cache=tmp_path), statistics_of(net, FULL, cache=tmp_path))
 
 
 def test_anything_else_is_gathered_anew(gathered: list[str], tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def statistics_of(
     own: int | None = None,
 ) -> Statistics:
     """The statistics a method asks for, from text the model writes by itself and, if given, a reference too: texts,
-    or rows with their answers, of which the first 4,608 tokens are read.
+    or rows with their answers, of which the first 4,608 tokens are read (1,024 where none has an answer).
 
     ``own``: how many texts the model writes (default TEXTS); 0 where the reference alone is to be read.
     Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
@@ -165,7 +165,8 @@ def _given(net: Net, reference: Reference | Sequence[Failure] | None) -> tuple[l
     if isinstance(reference, Reference):
         return windows(net, reference.texts), reference.name
     given = answered(net, reference)
-    return given, f"{len(given)} of {len(reference)} rows"
+    what = "rows" if any(row.target for row in reference) else "requests in the failures' form"
+    return given, f"{len(given)} of {len(reference)} {what}"
 
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them

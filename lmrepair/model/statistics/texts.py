@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Tokens
+from lmrepair.failures import Failure, Tokens, prompt_ids
 from lmrepair.model.net import Net
 
 WINDOW = 256  # tokens read of one reference text
 ROOM = 4608  # tokens read of rows that are given: as many as a model writes by itself
+ASKED = 1024  # the same of rows without answers
 BEGUN = 8  # tokens at most that are given of a text's beginning
 BEGINNINGS = (
     "import os\n\n\ndef ",
@@ -52,13 +54,30 @@ def windows(net: Net, texts: Sequence[str]) -> list[Tokens]:
 
 
 def answered(net: Net, rows: Sequence[Failure]) -> list[Tokens]:
-    """Rows with their answers, the first of them whose tokens come to ROOM, read as ``windows`` reads texts."""
-    length, left = min(WINDOW, net.anatomy.context or WINDOW), ROOM
+    """Rows with their answers as ``windows`` reads texts, or, without a target, as far as what they ask.
+
+    The first of them whose tokens come to ROOM, or to ASKED where none has an answer.
+    """
+    length, left = min(WINDOW, net.anatomy.context or WINDOW), ROOM if any(row.target for row in rows) else ASKED
     found = []
     for row in rows:
         if left <= 0:
             break
-        ids = net.tokenize([row])[0].ids[:length]
-        found.append(Tokens(row.id, ids[:1], ids[1:]))
-        left -= len(ids) - 1
+        ids = net.tokenize([row])[0].ids[:length] if row.target else _asked(net, row)
+        if len(ids) > 1:
+            found.append(Tokens(row.id, ids[:1], ids[1:]))
+            left -= len(ids) - 1
     return found
+
+
+def _asked(net: Net, row: Failure) -> tuple[int, ...]:
+    """A prompt whole, and any token behind it: a position is read where a token follows.
+
+    Nothing for a chat that the template refuses, or a prompt that fills the context.
+    """
+    try:
+        ids = prompt_ids(row, net.tokenizer)
+    except FailuresError:
+        return ()
+    fits = len(ids) < (net.anatomy.context or math.inf) and max(ids) < net.anatomy.vocabulary
+    return (*ids, ids[0]) if fits else ()
