@@ -12,6 +12,7 @@ from lmrepair.errors import FailuresError
 from lmrepair.failures.rows import Failure
 from lmrepair.failures.tokens import Tokens
 
+SYSTEM = ("system", "developer")  # whose turns say how the chat goes, not what is asked
 REQUESTS = (
     "list all files in a folder",
     "reverse the order of the words in a sentence",
@@ -93,7 +94,7 @@ def _form(failure: Failure) -> Failure | None:
     """What is left of a failure without what it asks and answers."""
     kept = replace(failure, prompt="", target="", id="", paraphrases=(), turn=None)
     if failure.messages:
-        return replace(kept, messages=tuple(turn for turn in failure.messages if turn.get("role") == "system"))
+        return replace(kept, messages=tuple(turn for turn in failure.messages if turn.get("role") in SYSTEM))
     return kept if failure.template is not None and failure.template.prompt("") else None
 
 

@@ -106,8 +106,9 @@ def test_or_in_their_chats() -> None:
     found = kindred([asked, replace(asked, messages=(SYSTEM, {**USER, "content": "other"}))])
     assert [one.messages for one in found] == [(SYSTEM, {"role": "user", "content": text}) for text in REQUESTS]
     assert all(one.tools == asked.tools and not one.end_turn and not one.target for one in found)
-    plain = kindred([FAILURE.in_chat(), asked])
-    assert [len(one.messages) for one in plain[:2]] == [1, 2]
+    plain = kindred([FAILURE.in_chat(), asked, replace(asked, messages=({**SYSTEM, "role": "developer"}, USER))])
+    assert [len(one.messages) for one in plain[:3]] == [1, 2, 2]
+    assert plain[2].messages[0]["role"] == "developer"
 
 
 def test_prompts_without_a_form_have_none() -> None:

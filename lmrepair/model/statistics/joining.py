@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from lmrepair.model.moments import Moment, OnDemand, Statistics
-
-Shares = tuple[tuple[float, float], tuple[float, float]]  # what two C count, and two F
 
 
 def joined(one: Statistics, other: Statistics, weighted: bool) -> Statistics:
@@ -15,28 +15,47 @@ def joined(one: Statistics, other: Statistics, weighted: bool) -> Statistics:
     Weighted, C is Σ zzᵀ‖δ‖² / Σ‖δ‖² and F is Σ δδᵀ‖z‖² · Σ‖δ‖² / (n Σ‖z‖²‖δ‖²), so that tr F = Σ‖δ‖² / n and
     tr C = Σ‖z‖²‖δ‖² / Σ‖δ‖²: with n, the sums of each text are known from its traces. Sampled rows of both are kept.
     """
-    counts = one.tokens, other.tokens
-
-    def shares(layer: int) -> Shares:
-        parts = [count / sum(counts) for count in counts]
-        if not weighted:
-            return (parts[0], parts[1]), (parts[0], parts[1])
-        wide = [_trace(each.inputs[layer]) for each in (one, other)]
-        steep = [part * _trace(each.outputs[layer]) for part, each in zip(parts, (one, other), strict=True)]
-        both = sum(a * b for a, b in zip(steep, wide, strict=True))
-        if not both > 0:
-            return (parts[0], parts[1]), (parts[0], parts[1])
-        scale = sum(steep) / both
-        inputs = steep[0] / sum(steep), steep[1] / sum(steep)
-        return inputs, (parts[0] * wide[0] * scale, parts[1] * wide[1] * scale)
-
-    known = OnDemand(one.inputs, shares)
+    pair = _Pair(one, other, weighted)
     return Statistics(
-        OnDemand(one.inputs, lambda at: _added(one.inputs[at], other.inputs[at], known[at][0]), keep=False),
-        OnDemand(one.outputs, lambda at: _added(one.outputs[at], other.outputs[at], known[at][1]), keep=False),
+        OnDemand(one.inputs, pair.inputs, keep=False),
+        OnDemand(one.outputs, pair.outputs, keep=False),
         f"{one.name}, {other.name}",
-        sum(counts),
+        one.tokens + other.tokens,
     )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two texts' statistics. ``traces``: layer → those of both C, which are large to unpack again."""
+
+    one: Statistics
+    other: Statistics
+    weighted: bool
+    traces: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def inputs(self, layer: int) -> Moment:
+        """C, in which a text counts by its Σ‖δ‖²."""
+        both = self.one.inputs[layer], self.other.inputs[layer]
+        self.traces[layer] = _trace(both[0]), _trace(both[1])
+        return _added(*both, self._shares(layer)[0])
+
+    def outputs(self, layer: int) -> Moment:
+        """F, in which it counts by n times its tr C."""
+        if layer not in self.traces:
+            self.traces[layer] = _trace(self.one.inputs[layer]), _trace(self.other.inputs[layer])
+        return _added(self.one.outputs[layer], self.other.outputs[layer], self._shares(layer)[1])
+
+    def _shares(self, layer: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What the two C count, and the two F."""
+        count = self.one.tokens + self.other.tokens
+        first, second = self.one.tokens / count, self.other.tokens / count
+        wide = self.traces[layer]
+        steep = first * _trace(self.one.outputs[layer]), second * _trace(self.other.outputs[layer])
+        total, both = sum(steep), steep[0] * wide[0] + steep[1] * wide[1]
+        if not self.weighted or not both > 0:
+            return (first, second), (first, second)
+        scale = total / both
+        return (steep[0] / total, steep[1] / total), (first * wide[0] * scale, second * wide[1] * scale)
 
 
 def _trace(moment: Moment) -> float:
@@ -46,7 +65,7 @@ def _trace(moment: Moment) -> float:
 def _added(one: Moment, other: Moment, shares: tuple[float, float]) -> Moment:
     """The sum of two moments of a kind, each times its share."""
     if one.kind != "sampled":
-        return Moment(one.kind, shares[0] * one.values + shares[1] * other.values, one.widths)
+        return Moment(one.kind, (one.values * shares[0]).add_(other.values, alpha=shares[1]), one.widths)
     rows = len(one.values) + len(other.values)
     scaled = [
         part.values * (share * rows / len(part.values)) ** 0.5 for part, share in zip((one, other), shares, strict=True)
