@@ -91,7 +91,7 @@ if TYPE_CHECKING:
         Sgd as Sgd,
         Star as Star,
     )
-    from lmrepair.model import Net as Net, load as load, ranks as ranks
+    from lmrepair.model import Net as Net, load as load, ranks as ranks, statistics_of as statistics_of
     from lmrepair.patch import Patch as Patch
 
 __getattr__, __dir__ = door(__name__)
