@@ -27,6 +27,7 @@ SETTINGS: tuple[tuple[str, Method, float], ...] = (
 )
 PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
 AT_ONCE = 256  # tokens in one pass while statistics are gathered
+ALIKE = 320  # tokens of other requests in the failures' form
 WRITTEN = 5  # tokens of the texts that are written to see how long one takes
 HASHED, PRINTS = 1 << 24, 3  # bytes that are hashed to see how long it takes; fingerprints that a repair makes
 STRIPS = 9 / 16  # of a symmetric sum is made and kept
@@ -101,7 +102,7 @@ def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
     found = []
     for text, method, passes in SETTINGS:
         asked = method.asks()
-        plan = planned(net, asked) if asked is not None else None
+        plan = planned(net, asked, given=ALIKE * asked.kindred) if asked is not None else None
         sites = method.fixed_sites(net) or _share(net)
         samples = asked.samples if asked is not None else 0
         once = _gathering(net, plan, measured) if plan is not None else 0.0

@@ -63,7 +63,7 @@ def planned(net: Net, asked: Asked, own: int | None = None, given: int = 0) -> P
         size(one, place.widths, asked.samples) + size(other, (net.hidden,), asked.samples)
         for (one, other), place in zip(kinds.values(), net.anatomy.ffns, strict=True)
     )
-    return Planned(kinds, count, length, count * length + given, room)
+    return Planned(kinds, count, length, count * length + given, room * ((count > 0) + (given > 0)))
 
 
 def statistics_of(
