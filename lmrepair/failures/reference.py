@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmrepair.errors import FailuresError
 from lmrepair.failures.files import shipped
-from lmrepair.failures.forms import Template
+from lmrepair.failures.forms import FORMS, Template
 from lmrepair.failures.rows import Failure, read_failures
 from lmrepair.failures.sources import read_lines
 
@@ -51,13 +51,14 @@ def read_kept(
 ) -> Reference | list[Failure]:
     """What is to stay as it is: reference text, or rows with the answers that they have, read as failures are.
 
-    Rows are in files that end in .json, .csv or .parquet, or in .jsonl without a ``text`` in the first line. Raises
-    FailuresError as ``read_reference`` and ``read_failures`` do.
+    Rows are in files that end in .json, .csv or .parquet, or in .jsonl with more than a ``text`` in the first line.
+    Raises FailuresError as ``read_reference`` and ``read_failures`` do.
     """
     source = Path(path)
     if source.suffix not in ROWS:
         return read_reference(source)
-    if source.suffix == ".jsonl" and all("text" in row for _, row in islice(read_lines(source), 1)):
+    first = [row for _, row in islice(read_lines(source), 1)] if source.suffix == ".jsonl" else []
+    if any("text" in row and not any(form.fits(row) for form in FORMS) for row in first):
         return read_reference(source)
     return read_failures(source, template, chat=chat, end_turn=end_turn)
 

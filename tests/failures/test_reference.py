@@ -74,6 +74,16 @@ def test_what_is_to_stay_may_be_rows_with_answers(tmp_path: Path, name: str, con
     assert not asked.end_turn
 
 
+def test_rows_of_mbpp_have_a_text_and_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text(
+        '{"task_id": 2, "text": "Write f.", "code": "def f(): pass", "test_list": ["f()"]}\n', encoding="utf-8"
+    )
+    (found,) = read_kept(path)
+    assert isinstance(found, Failure)
+    assert found.target.startswith("def f")
+
+
 def test_or_text(tmp_path: Path) -> None:
     lines, plain = tmp_path / "a.jsonl", tmp_path / "a.py"
     lines.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
