@@ -32,7 +32,7 @@ from lmrepair.bench.records import (
 )
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, kindred, named, read_failures, read_kept, read_kinds, read_reference
+from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
 from lmrepair.measure import (
     Answer,
@@ -122,7 +122,7 @@ def _statistics(net: Net, job: Job, failing: Sequence[Failure]) -> Statistics | 
     if asked is None or (spec.statistics is None and spec.own_texts is None):
         return None
     path = job.data_file(spec.statistics, "reference.jsonl") if spec.statistics else None
-    alike = kindred(failing) if asked.kindred and spec.own_texts else None
+    alike = asked.alike(failing) if spec.own_texts else None
     return statistics_of(net, asked, read_kept(path, job.cell.data.template) if path else alike, own=spec.own_texts)
 
 

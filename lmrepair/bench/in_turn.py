@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmrepair.errors import FailuresError, UsageError
-from lmrepair.failures import Failure, Reference, Tokens, contradictions, kindred
+from lmrepair.failures import Failure, Reference, Tokens, contradictions
 from lmrepair.loop import Outcome, repair, repair_each
 from lmrepair.measure import Drift, Scores, answers, measure_drift_by_kind, scores
 from lmrepair.methods import Method
@@ -77,7 +77,7 @@ def cumulative(
         )
     asked = method.asks()
     if statistics is None and asked:
-        statistics = statistics_of(net, asked, kindred(failures) if asked.kindred else None)
+        statistics = statistics_of(net, asked, asked.alike(failures))
     run = _Run(net, net.tokenize(failures), net.tokenize(held_out), tuple(references), texts)
     with Trial(net, net.every_site()) as trial:
         run.untouched = Projections(trial.originals)

@@ -180,10 +180,9 @@ def chosen_statistics(
     if asked is None:
         having = ", ".join(name for name, one in METHODS.items() if one().asks() is not None)
         raise UsageError(f"{flag}: method {method.name!r} reads no reference text; methods that do: {having}")
-    from lmrepair.failures import kindred
     from lmrepair.model import statistics_of
 
-    alike = kindred(rows) if kept is None and own and asked.kindred else None
+    alike = asked.alike(rows) if kept is None and own else None
     return statistics_of(net, asked, kept or alike, own=own, progress=progress)
 
 

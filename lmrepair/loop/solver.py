@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmrepair.diagnosis import Diagnosis, Heard, Probe, diagnoses, listening
 from lmrepair.errors import NotFiniteError, UsageError
-from lmrepair.failures import Failure, Tokens, Wordings, kindred
+from lmrepair.failures import Failure, Tokens, Wordings
 from lmrepair.methods import Method, Problem
 from lmrepair.methods.maths import Bases
 from lmrepair.model import (
@@ -57,8 +57,7 @@ class Known:
         if asked is None:
             return Known(bases, None, 0.0)
         if statistics is None:
-            alike = kindred(failures) if asked.kindred else None
-            statistics = statistics_of(net, asked, alike, progress=progress)
+            statistics = statistics_of(net, asked, asked.alike(failures), progress=progress)
         return Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
 
 

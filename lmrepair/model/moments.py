@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lmrepair.errors import UsageError
+from lmrepair.failures import Failure, kindred
 
 KINDS = ("full", "blocks", "sampled", "diagonal")
 LONG, COARSE = 256, 0.05  # from which width on float32 is used, and up to which bound on the error it makes
@@ -194,6 +195,10 @@ class Asked:
     damping: float
     weighted: bool = False
     kindred: bool = False
+
+    def alike(self, failures: Sequence[Failure]) -> list[Failure] | None:
+        """Other requests in the failures' form, where they are to be read."""
+        return kindred(failures) if self.kindred else None
 
 
 @dataclass(frozen=True)
