@@ -42,11 +42,24 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path}: not a sound GGUF file ({error}); take it from its source again") from error
 
 
+def read_array(raw: memoryview, at: int) -> tuple[list[Any], int, int]:
+    """The values of an array of a GGUF header at byte ``at``, the type of one, and where the array ends.
+
+    Raises ``struct.error`` or ValueError where the bytes end or make no sense.
+    """
+    reader = _Reader(raw, at)
+    inner, count = reader.array_size()
+    if inner == STRING:
+        return [reader.text() for _ in range(count)], inner, reader.at
+    form = SCALARS[inner]
+    return list(reader.take(f"<{count}{form[1:]}")), inner, reader.at
+
+
 class _Reader:
     """Reads from the front; ``struct.error`` or ValueError where the file ends or makes no sense."""
 
-    def __init__(self, raw: mmap.mmap) -> None:
-        self.raw, self.at = raw, 0
+    def __init__(self, raw: mmap.mmap | memoryview, at: int = 0) -> None:
+        self.raw, self.at = raw, at
 
     def header(self, size: int) -> Header:
         if self.raw[:4] != b"GGUF":
@@ -92,7 +105,7 @@ class _Reader:
         if length > min(len(self.raw) - self.at, longest or len(self.raw)):
             raise ValueError(f"a text of {length} bytes at {self.at}")
         self.at += length
-        return self.raw[self.at - length : self.at].decode("utf-8")
+        return str(self.raw[self.at - length : self.at], "utf-8")
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
@@ -101,22 +114,24 @@ class _Reader:
             return self.text()
         if kind != ARRAY:
             raise ValueError(f"a value of type {kind}")
-        inner, count = self.take("<IQ")
-        left = len(self.raw) - self.at
+        inner, count = self.array_size()
         if inner in SCALARS:
-            size = struct.calcsize(SCALARS[inner])
-            if count > left // size:
-                raise ValueError(f"an array of {count} values in {left} bytes")
-            self.at += count * size
-        elif inner == STRING:
-            if count > left // 8:
-                raise ValueError(f"an array of {count} texts in {left} bytes")
+            self.at += count * struct.calcsize(SCALARS[inner])
+        else:
             for _ in range(count):
                 (length,) = self.take("<Q")
                 self.at += length
-        else:
-            raise ValueError(f"an array of type {inner}")
         return count
+
+    def array_size(self) -> tuple[int, int]:
+        """Of the array that begins here: the type of a value, and how many; that many fit into the file."""
+        inner, count = self.take("<IQ")
+        left = len(self.raw) - self.at
+        if inner not in SCALARS and inner != STRING:
+            raise ValueError(f"an array of type {inner}")
+        if count > left // (8 if inner == STRING else struct.calcsize(SCALARS[inner])):
+            raise ValueError(f"an array of {count} {'texts' if inner == STRING else 'values'} in {left} bytes")
+        return inner, count
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.text(LONGEST_KEY)
