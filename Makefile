@@ -46,6 +46,8 @@ hard: .venv/.test
 	$(BIN)/python tests/hard/kills.py --kills 1000
 	$(BIN)/python tests/hard/kills.py --kills 200 --shards 1
 	$(BIN)/python tests/hard/fuzz.py --inputs 1000000
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt atheris
+	$(BIN)/python tests/hard/guided.py --inputs 100000
 	$(BIN)/python tests/hard/sizes.py --gigabytes 16
 	$(BIN)/python tests/hard/situations.py
 

@@ -20,17 +20,24 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import gguf
+import numpy as np
 import oracle_models
+import safetensors
 import torch
 from factored import factored, made_up
 from oracle_models import FAILURES
 
-from lmrepair import LmrepairError, Patch, read_failures, read_reference
+from lmrepair import LmrepairError, MinKl, Net, Patch, read_failures, read_reference, statistics_of
+from lmrepair.model.loading.gguf_file import parsed_once
+from lmrepair.model.loading.header import read_header
+from lmrepair.model.statistics.cache import _File
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 from lmrepair.patch.format import KEY, _stamp
 
@@ -102,7 +109,7 @@ def spoiled(kind: str, sound: bytes, chance: random.Random) -> bytes:
     way = chance.randrange(3)
     if way and kind.startswith("patch"):
         return (header_damaged, record_damaged)[way - 1](sound, chance)
-    if way == 1 and kind == "shard":
+    if way == 1 and kind in ("shard", "statistics"):
         return header_damaged(sound, chance)
     return damaged(sound, chance)
 
@@ -112,7 +119,7 @@ def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
     net = oracle_models.net()
     patch = made_up(net, FAILURES[:1], share=16)
     patches = [patch.serialise(), factored(net, patch).serialise()]
-    net.model.save_pretrained(folder / "model", max_shard_size="60KB")
+    net.model.save_pretrained(folder / "model", max_shard_size="100KB")
     shard = next((folder / "model").glob("*.safetensors"))
     rows = [
         {"prompt": "a", "target": "b\n", "id": "x", "paraphrases": ["c"]},
@@ -128,6 +135,7 @@ def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
         finally:
             place.write_bytes(sound)
 
+    kept = gathered(net, folder)
     return [
         ("patch of neurons", patches[0], Patch.load),
         ("patch of factors", patches[1], Patch.load),
@@ -135,7 +143,53 @@ def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
         ("reference", b'{"text": "one"}\n{"text": "two"}\n', read_reference),
         ("shard", shard.read_bytes(), lambda path: checkpoint(path, shard.name)),
         ("index", (folder / "model" / INDEX).read_bytes(), lambda path: checkpoint(path, INDEX)),
+        ("statistics", kept.path.read_bytes(), lambda path: refused_unless(replace(kept, path=path).read())),
+        ("gguf", gguf_file(folder / "small.gguf"), read_gguf),
     ]
+
+
+def gathered(net: Net, folder: Path) -> _File:
+    """The file of statistics that a model's own text gives."""
+    asked = replace(MinKl().asks(), inputs="sampled", outputs="diagonal", samples=2)
+    statistics_of(net, asked, cache=folder / "cache", own=1)
+    (path,) = (folder / "cache").iterdir()
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        return _File(path, json.loads(file.metadata()["lmrepair"])["key"])
+
+
+def refused_unless(found: object) -> object:
+    """Statistics that are damaged are not refused with an error, but gathered again."""
+    if found is None:
+        raise LmrepairError("gathered again")
+    return found
+
+
+def gguf_file(path: Path) -> bytes:
+    """A small GGUF file of every kind of value."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_rope_freq_base(1e4)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "", "ß", "</s>"])
+    writer.add_array("tokenizer.ggml.scores", [0.5, -1e30, 0.0, 1.0])
+    writer.add_array("tokenizer.ggml.token_type", [1, 1, 6, 3])
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    for name, rows in (("token_embd.weight", 4), ("blk.0.ffn_down.weight", 32)):
+        values = np.ones((rows, 32), dtype=np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def read_gguf(path: Path) -> object:
+    """The header, as far as it is checked, and then all that gguf's reader makes of it."""
+    read_header(path)
+    with parsed_once():
+        return [tensor.data.sum() for tensor in gguf.GGUFReader(str(path)).tensors]
 
 
 def main() -> None:

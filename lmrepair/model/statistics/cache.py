@@ -32,7 +32,7 @@ from lmrepair.model.statistics.texts import answered, beginnings, windows
 
 log = logging.getLogger("lmrepair")
 
-TEXTS, LENGTH = 24, 192  # how much text a model writes for its own statistics, in tokens
+TEXTS, LENGTH = 48, 48  # how much text a model writes for its own statistics, in tokens
 FORMAT = 4
 PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
 
