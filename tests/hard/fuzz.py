@@ -35,6 +35,7 @@ from factored import factored, made_up
 from oracle_models import FAILURES
 
 from lmrepair import LmrepairError, MinKl, Net, Patch, read_failures, read_reference, statistics_of
+from lmrepair.model.loading.checkpoint import loading
 from lmrepair.model.loading.gguf_file import parsed_once
 from lmrepair.model.loading.header import read_header
 from lmrepair.model.statistics.cache import _File
@@ -186,9 +187,9 @@ def gguf_file(path: Path) -> bytes:
 
 
 def read_gguf(path: Path) -> object:
-    """The header, as far as it is checked, and then all that gguf's reader makes of it."""
+    """The header, as far as it is checked, and then all that gguf's reader makes of it, as ``load`` asks it."""
     read_header(path)
-    with parsed_once():
+    with loading(str(path)), parsed_once():
         return [tensor.data.sum() for tensor in gguf.GGUFReader(str(path)).tensors]
 
 
