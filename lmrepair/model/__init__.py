@@ -38,7 +38,13 @@ if TYPE_CHECKING:
         uninterrupted as uninterrupted,
     )
     from lmrepair.model.head import Head as Head
-    from lmrepair.model.loading import EMBEDDED as EMBEDDED, load as load, quietly as quietly, ranks as ranks
+    from lmrepair.model.loading import (
+        EMBEDDED as EMBEDDED,
+        load as load,
+        open_gguf as open_gguf,
+        quietly as quietly,
+        ranks as ranks,
+    )
     from lmrepair.model.moments import (
         Asked as Asked,
         Inverse as Inverse,

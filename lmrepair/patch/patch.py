@@ -56,6 +56,11 @@ class Patch(Contents):
         return next(iter(self.changes.values())).width
 
     @property
+    def mixtures(self) -> list[int]:
+        """Of the layers that it changes, those that are mixtures of experts."""
+        return sorted(self.changes.keys() & self.fingerprint.experts.keys())
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.changes.values())).dtype
 

@@ -169,7 +169,7 @@ def test_the_patch_that_broke_it_is_found(run: Run, place: Path) -> None:
         ("export a.safetensors --to pefd x --model model", "did you mean 'peft'"),
         ("export a.safetensors --to peft x", "name the one the patch was made for"),
         ("export a.safetensors --to gguf x", "needs its base"),
-        ("export a.safetensors --to gguf x --base model/config.json", "cannot be read as a model in GGUF"),
+        ("export a.safetensors --to gguf x --base model/config.json", "not a sound GGUF file"),
         ("export a.safetensors --to gguf x --model model --architecture lama", "no architecture 'lama'"),
         ("export a.safetensors --to gguf a.safetensors --model model --rank exact", "exists already"),
         ("export a.safetensors --to peft x --model model --rank none", "expected exact, least or"),

@@ -174,7 +174,7 @@ def test_names_and_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WrongModelError, match="not, in any quantisation"):
         read_base(tiny_gguf(oracle_models.net("llama", seed=1), tmp_path / "other.gguf"), patch)
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(Exception, match="cannot be read as a model in GGUF"):
+    with pytest.raises(Exception, match="not a sound GGUF file"):
         read_base(tmp_path / "no.gguf", patch)
 
 

@@ -9,6 +9,7 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.loading.checkpoint import quietly as quietly
     from lmrepair.model.loading.cutting import ranks as ranks
+    from lmrepair.model.loading.gguf_file import open_gguf as open_gguf
     from lmrepair.model.loading.opening import EMBEDDED as EMBEDDED, load as load
 
 __getattr__, __dir__ = door(__name__)

@@ -34,6 +34,14 @@ def gguf_source(path: Path) -> Source:
     return Source("gguf", digest, _form(header))
 
 
+def open_gguf(path: Path) -> Any:
+    """gguf's reader of a file whose header is sound, its arrays plain values. Raises ModelError for another."""
+    import gguf
+
+    read_header(path)
+    return _with_plain_arrays(gguf.GGUFReader)(path)
+
+
 def gguf_options(path: Path) -> dict[str, Any]:
     """What transformers is to be told: which file, and that the weights are wanted as floats, not packed."""
     config = getattr(transformers, "GgufConfig", None)  # where it is not, weights are never left packed

@@ -75,7 +75,7 @@ def exact(patch: Patch, widths: Mapping[int, int]) -> Factors:
     Raises PatchError for a layer that the model does not have, or a neuron that it has no room for, UsageError for
     a mixture of experts: what a LoRA does to an expert differs from engine to engine.
     """
-    refuse_experts([*patch.changes.keys() & patch.fingerprint.experts.keys()])
+    refuse_experts(patch.mixtures)
     found = {}
     for layer, change in patch.changes.items():
         if layer not in widths or int(change.columns[-1]) >= widths[layer]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import ModelError, UsageError, WrongModelError, nearest
-from lmrepair.model import LowRank
+from lmrepair.model import LowRank, open_gguf
 from lmrepair.patch.patch import Patch
 from lmrepair.patch.serving.factors import Factors, refuse_experts
 
@@ -52,10 +52,10 @@ def read_base(path: Path, patch: Patch) -> Base:
     Raises ModelError for a file that is no model in GGUF, WrongModelError where the base has other shapes, or
     holds neurons that are further from the patch's originals than any quantisation takes them.
     """
-    refuse_experts([*patch.changes.keys() & patch.fingerprint.experts.keys()])
+    refuse_experts(patch.mixtures)
     gguf = gguf_package()
     try:
-        reader = gguf.GGUFReader(path)
+        reader = open_gguf(path)
         field = reader.fields["general.architecture"]
         architecture = str(field.contents())
         tensors = {tensor.name: tensor for tensor in reader.tensors}
