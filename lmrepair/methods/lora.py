@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.methods.base import Lead
+    from lmrepair.model import Delta
 
 ADAPTER = "repair"
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them.
+    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them;
+    ``whole``: they are on whole layers, in a dtype in which a patch keeps factors.
 
     What the stand-in itself holds does not count: values are loaded into it before each use. Where a step's size
     was found, ``values`` are those at its start, ``moves`` its way, and ``paces`` says how far it went.
@@ -35,7 +37,8 @@ class _Memory:
     stand_in: Any
     values: Mapping[str, Tensor]
     moments: Moments | None
-    before: Mapping[int, Tensor]
+    before: Mapping[int, Delta]
+    whole: bool
     moves: Mapping[str, Tensor] | None = None
     paces: Paces | None = None
 
@@ -53,9 +56,22 @@ class _Memory:
             _load(_trained(self.stand_in), values)
             made = _deltas(self.stand_in)
             return {
-                layer: self.before[layer] + (delta if sizes is None else sizes[layer] * delta)
+                layer: _dense(self.before[layer]) + (delta if sizes is None else sizes[layer] * delta)
                 for layer, delta in made.items()
             }
+
+    def kept(self, values: Mapping[str, Tensor], sizes: Mapping[int, float] | None) -> Mapping[int, Delta]:
+        """The same as a patch keeps it: of whole layers the adapters' own factors, beside those that were before."""
+        from lmrepair.model import Product
+
+        if not self.whole:
+            return self.change(values, sizes)
+        found: dict[int, Delta] = {}
+        for layer, before in self.before.items():
+            left, right = (values[f"{layer}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
+            own = Product.of(left, right.T if sizes is None else sizes[layer] * right.T)
+            found[layer] = before.plus(own) if isinstance(before, Product) else own
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +96,7 @@ class Lora(Paced):
         if self.learning_rate:
             moves, moments = adam(_gradients(problem, memory, None), memory.moments, self.learning_rate)
             after = replace(memory, values=_moved(memory.values, moves, 1.0), moments=moments)
-            return Step(after.change(after.values, None), after)
+            return Step(after.kept(after.values, None), after)
 
         def lead(sizes: Mapping[int, float]) -> Lead:
             nonlocal memory
@@ -92,12 +108,16 @@ class Lora(Paced):
 
         paces = self.paced(problem, memory.paces, lead)
         memory = replace(memory, paces=paces)
-        return Step(paces.way.end, memory)
+        return Step(memory.kept(memory.now, paces.units), memory)
 
     def _start(self, problem: Problem) -> _Memory:
+        from lmrepair.model import DTYPES
+
         adapters = _adapters(problem, self.rank, self.seed)
         values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
-        return _Memory(adapters, values, None, problem.deltas)
+        net, columns = problem.net, problem.sites.columns
+        whole = net.dtype in DTYPES.values() and all(len(columns[at]) == net.widths[at] for at in columns)
+        return _Memory(adapters, values, None, problem.deltas, whole)
 
 
 def _gradients(problem: Problem, memory: _Memory, sizes: Mapping[int, float] | None) -> dict[str, Tensor]:
@@ -151,6 +171,12 @@ def _adapters(problem: Problem, rank: int, seed: int) -> Any:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, stand_in, ADAPTER)
     return stand_in
+
+
+def _dense(delta: Delta) -> Tensor:
+    from lmrepair.model import Product
+
+    return delta.dense().float() if isinstance(delta, Product) else delta
 
 
 def _deltas(adapters: Any) -> dict[int, Tensor]:

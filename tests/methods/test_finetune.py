@@ -17,6 +17,7 @@ from lmrepair import FineTune, Lora, Net, UsageError, repair, repair_each
 from lmrepair.loop import loop
 from lmrepair.loop.outcome import Repair
 from lmrepair.loop.solver import Known
+from lmrepair.model.edit import LowRank
 
 
 def agree(result: Repair, wanted: dict[int, torch.Tensor], tolerance: float) -> None:
@@ -106,6 +107,8 @@ def test_a_lora_patch_has_its_rank_and_the_net_has_no_adapters(kind: str) -> Non
     assert result.patch is not None
     assert len(result.patch.changes) == net.layers
     for change in result.patch.changes.values():
+        assert isinstance(change, LowRank)
+        assert change.product.rank == 2
         assert torch.linalg.matrix_rank(change.deltas, rtol=1e-4) == 2
     assert [id(module) for module in net.model.modules()] == modules
     assert {name.rsplit(".", 1)[-1] for name in before.changed(net)} == {"weight"}

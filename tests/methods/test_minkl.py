@@ -501,6 +501,21 @@ def test_half_precision_is_repaired_too(kind: str, dtype: torch.dtype) -> None:
     assert not before.changed(net)
 
 
+def test_few_directions_are_kept_whole_where_floats_have_64_bits() -> None:
+    net = oracle_models.net(dtype=torch.float64)
+    before = State.of(net)
+    method = MinKl(rank=4, epochs=60, max_probe_kl=math.inf)
+    result = repair(net, FAILURES[:1], method, TEXT, statistics=statistics(net, method))
+    assert result.repaired == 1
+    assert result.patch is not None
+    assert not any(isinstance(change, LowRank) for change in result.patch.changes.values())
+    assert (
+        max(int(torch.linalg.matrix_rank(one.deltas, rtol=1e-4)) for one in result.patch.changes.values()) < HIDDEN // 2
+    )
+    result.patch.revert(net)
+    assert not before.changed(net)
+
+
 def test_the_same_repair_twice_is_the_same_bits() -> None:
     made = []
     for _ in range(2):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmrepair.model.batches import Sites
 from lmrepair.model.edit.changes import BITS, Change, Edit, LowRank
 from lmrepair.model.edit.products import Delta, Product, patched
-from lmrepair.model.net import Net
+from lmrepair.model.net import DTYPES, Net
 
 
 class Trial:
@@ -59,7 +59,8 @@ class Trial:
         moved = ~_equal_bits(values, original).all(dim=1)
         if not bool(moved.any()):
             return None
-        if isinstance(delta, Product) and len(columns) == self.net.widths[layer]:
+        whole = len(columns) == self.net.widths[layer]
+        if isinstance(delta, Product) and whole and original.dtype in DTYPES.values():
             return LowRank.of(delta, original)
         dense = (delta.dense() if isinstance(delta, Product) else delta).to(moved.device)
         parts = (columns.to(moved.device)[moved], dense[moved].float(), original[moved])
