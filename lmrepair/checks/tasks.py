@@ -87,7 +87,7 @@ class Task:
     def _parts(self) -> tuple[str, str]:
         if not self.joined or self.messages:
             return "", ""
-        for source in (self.prompt + "    pass\n", self.prompt):
+        for source in (self.prompt.rstrip("\n") + "\n    pass\n", self.prompt):
             try:
                 body = ast.parse(source).body
             except (SyntaxError, ValueError):
@@ -149,8 +149,17 @@ def read_task(row: Mapping[str, Any], number: int, where: str) -> Task:
 
 
 def _human_eval(row: Mapping[str, Any], identity: str) -> Task:
-    entry = row["entry_point"]
-    return Task(identity, row["prompt"], row["test"], entry, _indented(row), calls=((entry, entry),))
+    entry, (prompt, canonical) = row["entry_point"], _without_break(row["prompt"], _indented(row))
+    return Task(identity, prompt, row["test"], entry, canonical, calls=((entry, entry),))
+
+
+def _without_break(prompt: str, canonical: str) -> tuple[str, str]:
+    """The line break that ends a prompt as the completion's first token: tokenizers join it with the indent.
+
+    Behind a bare line break a model is asked for what it never saw begin there (``docs/fix.md``).
+    """
+    bare = prompt.rstrip("\n")
+    return bare, prompt[len(bare) :] + canonical if canonical else ""
 
 
 def _mbpp(row: Mapping[str, Any], identity: str, where: str) -> Task:

@@ -37,8 +37,13 @@ def task(**row: Any) -> Task:
 
 def test_human_eval_continues_its_prompt() -> None:
     found = task(**HUMAN_EVAL)
-    assert (found.id, found.entry_point, found.canonical) == ("HumanEval/0", "half", "    return x / 2\n")
-    assert found.program("    return 1").startswith(PROMPT + "    return 1")
+    assert (found.id, found.entry_point, found.canonical) == ("HumanEval/0", "half", "\n    return x / 2\n")
+    # A tokenizer joins the line break with the indent behind it, so the completion begins with it.
+    assert found.prompt == PROMPT.removesuffix("\n")
+    assert found.program("\n    return 1").startswith(PROMPT + "    return 1")
+    assert found.cut("\n    return 1\n\n\ndef other():\n") == "\n    return 1"
+    assert found.cut("\n\ndef other():\n") == ""
+    assert found.opened() == "half"
     assert found.helpers() == "from math import pi\n\n\n"
     assert task(prompt="def two():\n    return 2\n\n\ndef half(x):\n    return ", check="").helpers().count("def") == 1
     assert task(prompt="words that are no Python", check="").helpers() == ""
@@ -65,7 +70,7 @@ def test_mbpp_is_a_program_of_its_own() -> None:
     ],
 )
 def test_a_body_ends_where_the_indentation_does(written: str, cut: str) -> None:
-    assert task(**HUMAN_EVAL).cut(written) == cut
+    assert task(prompt=PROMPT, check="").cut(written) == cut
 
 
 def test_own_rows_with_code_commands_and_chats() -> None:
