@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.methods.base import Lead
-    from lmrepair.model import Delta
+    from lmrepair.model import Delta, Product
 
 ADAPTER = "repair"
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them;
-    ``whole``: they are on whole layers, in a dtype in which a patch keeps factors.
+    """The stand-in, its adapters' values by name, Adam's moments, and the change that was there before them.
+    ``factors``: those of it that a patch keeps; None where the adapters are not on whole layers, or the dtype has none.
 
     What the stand-in itself holds does not count: values are loaded into it before each use. Where a step's size
     was found, ``values`` are those at its start, ``moves`` its way, and ``paces`` says how far it went.
@@ -37,8 +37,8 @@ class _Memory:
     stand_in: Any
     values: Mapping[str, Tensor]
     moments: Moments | None
-    before: Mapping[int, Delta]
-    whole: bool
+    before: Mapping[int, Tensor]
+    factors: Mapping[int, Product] | None
     moves: Mapping[str, Tensor] | None = None
     paces: Paces | None = None
 
@@ -56,7 +56,7 @@ class _Memory:
             _load(_trained(self.stand_in), values)
             made = _deltas(self.stand_in)
             return {
-                layer: _dense(self.before[layer]) + (delta if sizes is None else sizes[layer] * delta)
+                layer: self.before[layer] + (delta if sizes is None else sizes[layer] * delta)
                 for layer, delta in made.items()
             }
 
@@ -64,13 +64,13 @@ class _Memory:
         """The same as a patch keeps it: of whole layers the adapters' own factors, beside those that were before."""
         from lmrepair.model import Product
 
-        if not self.whole:
+        if self.factors is None:
             return self.change(values, sizes)
         found: dict[int, Delta] = {}
-        for layer, before in self.before.items():
+        for layer in self.before:
             left, right = (values[f"{layer}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
             own = Product.of(left, right.T if sizes is None else sizes[layer] * right.T)
-            found[layer] = before.plus(own) if isinstance(before, Product) else own
+            found[layer] = self.factors[layer].plus(own) if layer in self.factors else own
         return found
 
 
@@ -111,13 +111,15 @@ class Lora(Paced):
         return Step(memory.kept(memory.now, paces.units), memory)
 
     def _start(self, problem: Problem) -> _Memory:
-        from lmrepair.model import DTYPES
+        from lmrepair.model import DTYPES, Product
 
         adapters = _adapters(problem, self.rank, self.seed)
         values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
         net, columns = problem.net, problem.sites.columns
         whole = net.dtype in DTYPES.values() and all(len(columns[at]) == net.widths[at] for at in columns)
-        return _Memory(adapters, values, None, problem.deltas, whole)
+        factors = {layer: delta for layer, delta in problem.deltas.items() if isinstance(delta, Product)}
+        before = {**problem.deltas, **{layer: product.dense().float() for layer, product in factors.items()}}
+        return _Memory(adapters, values, None, before, factors if whole else None)
 
 
 def _gradients(problem: Problem, memory: _Memory, sizes: Mapping[int, float] | None) -> dict[str, Tensor]:
@@ -171,12 +173,6 @@ def _adapters(problem: Problem, rank: int, seed: int) -> Any:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, stand_in, ADAPTER)
     return stand_in
-
-
-def _dense(delta: Delta) -> Tensor:
-    from lmrepair.model import Product
-
-    return delta.dense().float() if isinstance(delta, Product) else delta
 
 
 def _deltas(adapters: Any) -> dict[int, Tensor]:

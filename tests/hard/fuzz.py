@@ -36,8 +36,7 @@ from oracle_models import FAILURES
 
 from lmrepair import LmrepairError, MinKl, Net, Patch, read_failures, read_reference, statistics_of
 from lmrepair.model.loading.checkpoint import loading
-from lmrepair.model.loading.gguf_file import parsed_once
-from lmrepair.model.loading.header import read_header
+from lmrepair.model.loading.gguf_file import open_gguf
 from lmrepair.model.statistics.cache import _File
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 from lmrepair.patch.format import KEY, _stamp
@@ -188,9 +187,8 @@ def gguf_file(path: Path) -> bytes:
 
 def read_gguf(path: Path) -> object:
     """The header, as far as it is checked, and then all that gguf's reader makes of it, as ``load`` asks it."""
-    read_header(path)
-    with loading(str(path)), parsed_once():
-        return [tensor.data.sum() for tensor in gguf.GGUFReader(str(path)).tensors]
+    with loading(str(path)):
+        return [tensor.data.sum() for tensor in open_gguf(path).tensors]
 
 
 def main() -> None:

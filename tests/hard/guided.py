@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,10 +51,14 @@ def names() -> list[str]:
 
 def led(name: str, inputs: int, seed: int) -> bool:
     """One reader in a process of its own; whether it had all inputs without a failure."""
-    code = f"import guided; guided.run({name!r}, {inputs}, {seed})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace"
-    )
+    import fuzz as blind
+
+    # The child ends without cleaning up, so the folder is not its own.
+    with tempfile.TemporaryDirectory(dir=blind.MEMORY if blind.MEMORY.is_dir() else None) as folder:
+        code = f"import guided; guided.run({name!r}, {inputs}, {seed}, {folder!r}, {str(Path.cwd())!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace"
+        )
     said = done.stdout + done.stderr
     runs = re.findall(r"number_of_executed_units:\s*(\d+)", said)
     reached = re.findall(r"cov: (\d+)", said)
@@ -66,46 +69,38 @@ def led(name: str, inputs: int, seed: int) -> bool:
     return True
 
 
-def run(name: str, inputs: int, seed: int) -> None:
-    """Give a reader its inputs; ends the process."""
+def run(name: str, inputs: int, seed: int, folder: str, kept: str) -> None:
+    """Give a reader its inputs in a folder; ends the process. An input that fails is ``kept`` in another."""
     import atheris
 
-    with tempfile.TemporaryDirectory() as folder:
-        with atheris.instrument_imports(include=READ):
-            import fuzz as blind
+    place = Path(folder)
+    with atheris.instrument_imports(include=READ):
+        import fuzz as blind
 
-            known = {kind: (sound, read) for kind, sound, read in blind.readers(Path(folder))}
-        sound, read = known[name]
-        place = Path(folder if not blind.MEMORY.is_dir() else tempfile.mkdtemp(dir=blind.MEMORY))
-        seeds(blind, name, sound, place / "corpus", seed)
-
-        def one(raw: bytes) -> None:
-            (place / "input.safetensors").write_bytes(raw)
-            try:
-                read(place / "input.safetensors")
-            except blind.LmrepairError:
-                return
-
-        def mutated(raw: bytes, longest: int, chance: int) -> bytes:
-            changed = bytes(atheris.Mutate(raw, longest))
-            stamp = name.startswith("patch") and chance % 4
-            return (blind.stamped(changed) if stamp else changed)[:longest]
-
-        options = [f"-runs={inputs}", f"-seed={seed}", f"-max_len={max(LONGEST, 2 * len(sound))}"]
-        options += [f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", "-print_final_stats=1"]
-        atheris.Setup(["guided", *options, f"-artifact_prefix={Path.cwd()}/fuzz.failed.", str(place / "corpus")], one,
-                      custom_mutator=mutated)  # fmt: skip
-        atheris.Fuzz()
-
-
-def seeds(blind: object, name: str, sound: bytes, folder: Path, seed: int) -> Sequence[Path]:
-    """Write the sound file and blindly damaged ones into a folder."""
-    folder.mkdir(parents=True)
+        known = {kind: (sound, read) for kind, sound, read in blind.readers(place)}
+    sound, read = known[name]
     chance = random.Random(seed)
-    made = [sound, *(blind.spoiled(name, sound, chance) for _ in range(FIRST))]  # type: ignore[attr-defined]
-    for at, raw in enumerate(made):
-        (folder / str(at)).write_bytes(raw)
-    return sorted(folder.iterdir())
+    (place / "corpus").mkdir()
+    for at, raw in enumerate([sound, *(blind.spoiled(name, sound, chance) for _ in range(FIRST))]):
+        (place / "corpus" / str(at)).write_bytes(raw)
+
+    def one(raw: bytes) -> None:
+        (place / "input.safetensors").write_bytes(raw)
+        try:
+            read(place / "input.safetensors")
+        except blind.LmrepairError:
+            return
+
+    def mutated(raw: bytes, longest: int, number: int) -> bytes:
+        changed = bytes(atheris.Mutate(raw, longest))
+        stamp = name.startswith("patch") and number % 4
+        return (blind.stamped(changed) if stamp else changed)[:longest]
+
+    options = [f"-runs={inputs}", f"-seed={seed}", f"-max_len={max(LONGEST, 2 * len(sound))}"]
+    options += [f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", "-print_final_stats=1"]
+    arguments = ["guided", *options, f"-artifact_prefix={kept}/fuzz.failed.", str(place / "corpus")]
+    atheris.Setup(arguments, one, custom_mutator=mutated)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

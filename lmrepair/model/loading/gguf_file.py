@@ -94,11 +94,9 @@ def _in_wide_rows(dequantize: Any) -> Any:
     def wide(data: Any, kind: Any) -> Any:
         rows, each = data.shape if data.ndim == 2 else (1, WIDE)
         joined = math.gcd(rows, 1 << max(0, (WIDE // each).bit_length() - 1))
-        return (
-            dequantize(data.reshape(rows // joined, -1), kind).reshape(rows, -1)
-            if joined > 1
-            else dequantize(data, kind)
-        )
+        if joined == 1:
+            return dequantize(data, kind)
+        return dequantize(data.reshape(rows // joined, -1), kind).reshape(rows, -1)
 
     return wide
 
