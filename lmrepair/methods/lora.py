@@ -111,14 +111,14 @@ class Lora(Paced):
         return Step(memory.kept(memory.now, paces.units), memory)
 
     def _start(self, problem: Problem) -> _Memory:
-        from lmrepair.model import DTYPES, Product
+        from lmrepair.model import DTYPES, Product, written_out
 
         adapters = _adapters(problem, self.rank, self.seed)
         values = {name: value.detach().clone() for name, value in _trained(adapters).items()}
         net, columns = problem.net, problem.sites.columns
         whole = net.dtype in DTYPES.values() and all(len(columns[at]) == net.widths[at] for at in columns)
         factors = {layer: delta for layer, delta in problem.deltas.items() if isinstance(delta, Product)}
-        before = {**problem.deltas, **{layer: product.dense().float() for layer, product in factors.items()}}
+        before = {layer: written_out(delta) for layer, delta in problem.deltas.items()}
         return _Memory(adapters, values, None, before, factors if whole else None)
 
 

@@ -213,15 +213,14 @@ def _moved(
     problem: Problem, state: Linearised, changes: Mapping[int, Tensor], keep: float
 ) -> tuple[Linearised, dict[int, Delta]]:
     """The state after a step and layer → the whole change; layers that are not written to keep what they have."""
-    from lmrepair.model import Product
+    from lmrepair.model import written_out
 
     if state.spans:
         state = state.moved(changes, keep)
         return state, {**problem.deltas, **state.deltas()}
     deltas = dict(problem.deltas)
     for layer in state.layers:
-        delta = deltas[layer]
-        so_far = delta.dense().float() if isinstance(delta, Product) else delta
+        so_far = written_out(deltas[layer])
         places = state.places[layer].to(so_far.device)
         deltas[layer] = (so_far if keep == 1 else keep * so_far).index_add(0, places, changes[layer])
     return state, deltas

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         same_bits as same_bits,
         take as take,
         uninterrupted as uninterrupted,
+        written_out as written_out,
     )
     from lmrepair.model.head import Head as Head
     from lmrepair.model.loading import (

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Delta as Delta,
         Product as Product,
         patched as patched,
+        written_out as written_out,
     )
     from lmrepair.model.edit.trial import (
         Projections as Projections,

@@ -87,6 +87,11 @@ def _rounded(rows: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.round().to(torch.int16), exponents.to(rows.device)
 
 
+def written_out(delta: Delta) -> Tensor:
+    """A change as deltas [k, d] in float32."""
+    return delta.dense().float() if isinstance(delta, Product) else delta
+
+
 def patched(values: Tensor, delta: Delta) -> Tensor:
     """Neurons [k, d] with a change added, in their dtype.
 

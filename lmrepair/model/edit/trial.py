@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmrepair.model.batches import Sites
 from lmrepair.model.edit.changes import BITS, Change, Edit, LowRank
-from lmrepair.model.edit.products import Delta, Product, patched
+from lmrepair.model.edit.products import Delta, Product, patched, written_out
 from lmrepair.model.net import DTYPES, Net
 
 
@@ -62,7 +62,7 @@ class Trial:
         whole = len(columns) == self.net.widths[layer]
         if isinstance(delta, Product) and whole and original.dtype in DTYPES.values():
             return LowRank.of(delta, original)
-        dense = (delta.dense() if isinstance(delta, Product) else delta).to(moved.device)
+        dense = written_out(delta).to(moved.device)
         parts = (columns.to(moved.device)[moved], dense[moved].float(), original[moved])
         return Change(*(part.detach().cpu().contiguous() for part in parts))
 
