@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Product as Product,
         Projections as Projections,
         Trial as Trial,
+        beside as beside,
         patched as patched,
         put as put,
         same_bits as same_bits,

@@ -10,6 +10,7 @@ import mixtures
 import oracle_models
 import pytest
 import torch
+from factored import made_up
 from mixtures import FAMILIES
 from oracle_models import FAILURES, TEXT, State
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lmrepair import MinKl, ModelError, repair
 from lmrepair.methods import Method
 from lmrepair.methods.base import Problem, Step
 from lmrepair.methods.maths.margins import Margins
+from lmrepair.model import Trial, beside, put
 from lmrepair.model.batches import Batch
 from lmrepair.model.moments import Asked, Metric, Moment
 from lmrepair.model.net import Net, settled
@@ -73,6 +75,26 @@ def test_a_repair_holds_and_is_taken_back_bit_for_bit(family: str, method: Metho
     assert before.changed(net)
     found.patch.revert(net)
     assert not before.changed(net)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_beside_the_weights_answers_as_the_one_in_them(family: str) -> None:
+    net = mixtures.net(family, dtype=torch.float64)
+    before = State.of(net)
+    patch = made_up(net, FAILURES[:1])
+    (batch,) = net.batches(net.tokenize(FAILURES))
+    with settled(net.model), torch.no_grad():
+        untouched = net.logits(batch)
+        with beside(net, patch.changes):
+            found = net.logits(batch)
+        assert not before.changed(net)
+        assert torch.equal(net.logits(batch), untouched)
+        with Trial(net, patch.sites()):
+            for layer, change in patch.changes.items():
+                put(net, layer, change.columns, change.originals + change.deltas.double())
+            wanted = net.logits(batch)
+    assert float((wanted - untouched).abs().max()) > 0.01
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
 def by_explicit_loops(model: Any, ids: Sequence[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import oracle_models
 import pytest
 import torch
-from factored import factored
+from factored import factored, made_up
 from oracle_models import FAILURES, State, bold_star
 
 from lmrepair import Net, Patch, Reference, UsageError, repair
@@ -33,51 +33,40 @@ def least_margin(net: Net, patch: Patch) -> float:
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_small_change_moves_the_margin_as_foretold(kind: str, whole: bool) -> None:
+def test_margins_are_foretold_as_they_come(kind: str, whole: bool) -> None:
     net = oracle_models.net(kind)
     before = State.of(net)
-    owner, other = parts(net)
-    small = {at: replace(change, deltas=change.deltas * 1e-3) for at, change in other.changes.items()}
-    other = replace(other, changes=small)
+    made = parts(net)
     if whole:
-        other = factored(net, other, rank=32)
-    (found, _) = forecasts(net, [owner, other])
-    assert (found.owner, found.other, found.failure) == (0, 1, FAILURES[0].id)
-    with owner.on(net):
-        alone = least_margin(net, owner)
-    with combine([owner, other], net).on(net):
-        both = least_margin(net, owner)
-    assert found.margin == pytest.approx(alone, abs=1e-5)
-    assert found.foretold - found.margin == pytest.approx(both - alone, rel=0.05, abs=2e-5)
-    assert not found.danger
+        made[1] = factored(net, made[1], rank=32)
+    found = forecasts(net, made)
+    assert [(one.owner, one.other, one.failure) for one in found] == [(0, 1, FAILURES[0].id), (1, 0, FAILURES[1].id)]
+    for one in found:
+        with made[one.owner].on(net):
+            alone = least_margin(net, made[one.owner])
+        with combine(made, net).on(net):
+            both = least_margin(net, made[one.owner])
+        assert abs(both - alone) > 0.01
+        assert one.margin == pytest.approx(alone, abs=1e-4)
+        assert one.foretold == pytest.approx(both, abs=1e-4)
+        assert one.danger == (both <= 0)
     assert not before.changed(net)
 
 
-@pytest.mark.parametrize("kind", oracle_models.KINDS)
-def test_the_forecast_is_of_all_logits_so_that_another_token_may_overtake(kind: str) -> None:
-    net = oracle_models.net(kind)
-    owner, other = parts(net)
-    (found, _) = forecasts(net, [owner, other])
-    (batch,) = net.batches([owner.items[0].tokens])
-
-    def logits() -> torch.Tensor:
-        with torch.inference_mode():
-            return net.logits(batch).double()
-
-    small = {at: replace(change, deltas=change.deltas * 1e-2) for at, change in other.changes.items()}
-    with owner.on(net):
-        alone = logits()
-    with combine([owner, replace(other, changes=small)], net).on(net):
-        moved = alone + (logits() - alone) / 1e-2
-    rows, overtaken = torch.arange(len(batch.wanted)), []
-    least = []
-    for values in (alone, moved):
-        rivals = values.scatter(1, batch.wanted[:, None], float("-inf"))
-        overtaken.append(rivals.argmax(dim=1))
-        least.append(float((values[rows, batch.wanted] - rivals.max(dim=1).values).min()))
-    assert found.margin == pytest.approx(least[0], abs=1e-5)
-    assert found.foretold == pytest.approx(least[1], rel=0.05, abs=0.02)
-    assert bool((overtaken[0] != overtaken[1]).any())  # by the present rivals alone it would be another number
+def test_every_failure_of_a_patch_is_looked_at_and_those_that_it_does_not_repair_are_not() -> None:
+    net = oracle_models.net()
+    owner, other = made_up(net, FAILURES[:3]), made_up(net, FAILURES[:1], seed=1)
+    (first, *rest) = owner.items
+    owner = replace(owner, items=(replace(first, repaired=False), *rest))
+    found = forecasts(net, [owner, other, owner])
+    assert [(one.owner, one.other, one.failure) for one in found] == [
+        *((0, at, failure.id) for at in (1, 2) for failure in FAILURES[1:3]),
+        *((1, at, FAILURES[0].id) for at in (0, 2)),
+        *((2, at, failure.id) for at in (0, 1) for failure in FAILURES[1:3]),
+    ]
+    with combine([owner, other], net).on(net):
+        margins = [-float(net.prefer(net.batches([item.tokens])).gap.max()) for item in rest]
+    assert [one.foretold for one in found[:2]] == pytest.approx(margins, abs=1e-4)
 
 
 def test_a_patch_that_undoes_another_is_a_danger() -> None:

@@ -36,7 +36,7 @@ SKIP, LAST = 125, 127  # exit statuses as git bisect run takes them
 
 
 def conflicts(patches: Several, *, model: ModelFolder, loading: LoadOptions, as_json: Json = False) -> None:
-    """Foretell from gradients which patches will break what others repair, before any is applied with another."""
+    """Foretell which patches will break what others repair, before any is applied with another."""
     from lmrepair.patch import Patch, forecasts
 
     if len(patches) < 2:
@@ -61,7 +61,7 @@ def conflicts(patches: Several, *, model: ModelFolder, loading: LoadOptions, as_
         f"{visible(one['breaks'], None)}: margin {one['margin']:.2f} → {one['foretold']:.2f}"
         for one in data["danger"]  # type: ignore[attr-defined]
     ]
-    lines.append(f"{len(lines)} of {len(found)} repairs in danger, each beside one other patch, to first order")
+    lines.append(f"{len(lines)} of {len(found)} repairs in danger, each beside one other patch")
     show_result(data, lines, as_json)
     raise typer.Exit(1 if data["danger"] else 0)
 

@@ -24,5 +24,6 @@ if TYPE_CHECKING:
         take as take,
         uninterrupted as uninterrupted,
     )
+    from lmrepair.model.edit.unwritten import beside as beside
 
 __getattr__, __dir__ = door(__name__)
