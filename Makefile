@@ -48,6 +48,7 @@ hard: .venv/.test
 	$(BIN)/python tests/hard/fuzz.py --inputs 1000000
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt atheris
 	$(BIN)/python tests/hard/guided.py --inputs 100000
+	$(BIN)/python tests/hard/full.py --limits 300
 	$(BIN)/python tests/hard/sizes.py --gigabytes 16
 	$(BIN)/python tests/hard/situations.py
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import flush, umask
 from lmrepair.model import Net, digest, quietly
-from lmrepair.patch.disk import beside, place_folder
+from lmrepair.patch.disk import beside, place_folder, refuse_short_of_space, said_in_one_line
 
 
 def refuse_existing(output: Path) -> None:
@@ -28,11 +28,12 @@ def refuse_existing(output: Path) -> None:
 def save_model(net: Net, output: Path) -> None:
     """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete.
 
-    Raises UsageError for an output that exists, ModelError if the saved FFN output projections are not, bit for
-    bit, the net's.
+    Raises UsageError for an output that exists or cannot be written, ModelError if the saved FFN output projections
+    are not, bit for bit, the net's.
     """
     refuse_existing(output)
-    with beside(output) as temporary:
+    with said_in_one_line(output), beside(output) as temporary:
+        refuse_short_of_space(temporary, net.bytes)
         with quietly():
             net.model.save_pretrained(temporary)
             net.tokenizer.save_pretrained(temporary)

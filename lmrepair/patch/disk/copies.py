@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.failures import flush, umask
 
@@ -157,8 +159,9 @@ def said_in_one_line(target: Path) -> Iterator[None]:
     """A full disk, a limit on file sizes or a missing right as one line; by then everything is as it was."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror or error}); everything is as it was") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{target} cannot be written ({reason}); everything is as it was") from error
 
 
 def refuse_short_of_space(folder: Path, needed: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import ModelError, UsageError, WrongModelError, nearest
+from lmrepair.failures import flush
 from lmrepair.model import LowRank, open_gguf
 from lmrepair.patch.patch import Patch
 from lmrepair.patch.serving.factors import Factors, refuse_experts
@@ -114,24 +115,39 @@ def save_gguf(factors: Factors, architecture: str, output: Path, force: bool = F
     except OSError as error:
         raise UsageError(f"{output} cannot be written ({error.strerror})") from error
     os.close(handle)
+    tensors = {}
+    for layer, (a, b) in sorted(factors.layers.items()):
+        tensors[f"{name_of(layer)}.lora_a"] = a.contiguous()
+        # llama.cpp multiplies by alpha / the layer's rank
+        tensors[f"{name_of(layer)}.lora_b"] = (b * (len(a) / factors.rank)).contiguous()
     try:
         writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(factors.rank))
-        for layer, (a, b) in sorted(factors.layers.items()):
-            scaled = b * (len(a) / factors.rank)  # llama.cpp multiplies by alpha / the layer's rank
-            writer.add_tensor(f"{name_of(layer)}.lora_a", a.contiguous().numpy())
-            writer.add_tensor(f"{name_of(layer)}.lora_b", scaled.contiguous().numpy())
+        for name, values in tensors.items():
+            writer.add_tensor(name, values.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        _refuse_cut(Path(temporary), tensors)
         os.chmod(temporary, 0o644)
         os.replace(temporary, output)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise UsageError(f"{output} cannot be written ({error.strerror}); nothing was") from error
+        raise UsageError(f"{output} cannot be written ({error.strerror or error}); nothing was") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _refuse_cut(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read back what was written: of a disk that is full numpy says nothing. Raises OSError."""
+    flush(path)
+    try:
+        found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in open_gguf(path).tensors}
+    except (ModelError, ValueError, KeyError, IndexError):
+        found = {}
+    if found.keys() != tensors.keys() or not all(torch.equal(found[name], tensors[name]) for name in tensors):
+        raise OSError("it came back from the disk other than written: is that full?")

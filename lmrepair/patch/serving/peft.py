@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmrepair.errors import ModelError, UsageError
 from lmrepair.model import Net
-from lmrepair.patch.disk import beside, place_folder
+from lmrepair.patch.disk import beside, place_folder, said_in_one_line
 from lmrepair.patch.folder import refuse_existing
 from lmrepair.patch.serving.factors import Factors
 
@@ -90,15 +90,12 @@ def save_peft(factors: Factors, modules: Modules, output: Path, force: bool = Fa
         name = f"base_model.model.{modules.names[layer]}"
         tensors[f"{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{name}.lora_B.weight"] = b.contiguous()
-    try:
-        with beside(output) as temporary:
-            save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-            (temporary / "adapter_model.safetensors").chmod(0o644)
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
-            place_folder(temporary, output)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written ({error.strerror}); nothing was") from error
+    with said_in_one_line(output), beside(output) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        (temporary / "adapter_model.safetensors").chmod(0o644)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+        place_folder(temporary, output)
     return config
 
 
