@@ -6,6 +6,8 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -35,12 +37,17 @@ DEBUG = "--debug"
 # Threads that wait for others sleep instead of spinning: beside another busy process, spinning takes the processor
 # from the very thread that is waited for. OpenMP reads it when torch is imported; what the user has set stays.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Objects made before garbage is looked for. Importing torch and transformers makes some hundred thousands that stay;
+# to look through them again and again took 1.5 s, and to do so once more at the end as long.
+SELDOM = 100_000
 
 
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on standard error."""
     for name, value in PATIENT.items():
         os.environ.setdefault(name, value)
+    gc.set_threshold(SELDOM)
+    atexit.register(gc.freeze)
     given = sys.argv[1:]
     arguments = [argument for argument in given if argument != DEBUG]
     sys.exit(guarded(lambda: _run(arguments), debug=len(arguments) < len(given)))
