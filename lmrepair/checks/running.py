@@ -118,7 +118,7 @@ class Checker:
             "tests": task.tests,
             "entry": task.entry_point,
             "names": called(task, completion),
-            "completion": completion,
+            "completion": completion.removeprefix(task.lead),
         }
         verdict, status = self._exchange({"source": task.program(completion)}, spec)
         if verdict is None:

@@ -33,7 +33,8 @@ class Task:
     gets the completion on standard input and as ``{file}``; exit status 0 passes. ``stop``: a regular expression,
     the completion ends before its first match. ``joined``: the program is prompt and completion, not the latter
     alone. ``calls``: name in the tests → name in the program, where they differ. ``canonical``: a completion that
-    is right; empty if there is none.
+    is right; empty if there is none. ``lead``: the line breaks that ended the prompt as it was given; a completion
+    begins with them.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Task:
     imports: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
     calls: tuple[tuple[str, str], ...] = ()
+    lead: str = ""
 
     def failure(self, target: str) -> Failure:
         """The task as a failure that wants ``target``."""
@@ -60,21 +62,20 @@ class Task:
         """Where the completion in ``text`` ends: before the stop rule's first match, or with the text."""
         if not self.stop:
             return len(text)
-        # A line end that ends the prompt counts: an unindented first line ends a body at once.
-        lead = "\n" if self.prompt.endswith("\n") and self.joined else ""
-        found = re.search(self.stop, lead + text)
-        return max(0, found.start() - len(lead)) if found else len(text)
+        # An unindented first line ends a body at once; by any other rule the prompt's own line breaks end nothing.
+        begun = self.stop != AFTER_BODY and text.startswith(self.lead)
+        found = re.compile(self.stop).search(text, len(self.lead) if begun else 0)
+        return found.start() if found else len(text)
 
     def program(self, completion: str) -> str:
         """The Python source that the completion makes of the task."""
-        code = self.code(completion)
-        body = self.prompt + code if self.joined and not self.messages else code
+        body = self.prompt + completion if self.joined and not self.messages else self.code(completion)
         return f"{self.imports}\n{body}\n" if self.imports else f"{body}\n"
 
     def code(self, completion: str) -> str:
-        """The code in a completion: of a chat's answer what stands in its first fence."""
+        """The code in a completion: of a chat's answer what stands in its first fence, else what follows ``lead``."""
         found = FENCE.search(completion) if self.messages else None
-        return found.group(1) if found else completion
+        return found.group(1) if found else completion.removeprefix(self.lead)
 
     def helpers(self) -> str:
         """What the prompt defines above what it leaves open, for the tests to use; empty where it is not Python."""
@@ -149,17 +150,18 @@ def read_task(row: Mapping[str, Any], number: int, where: str) -> Task:
 
 
 def _human_eval(row: Mapping[str, Any], identity: str) -> Task:
-    entry, (prompt, canonical) = row["entry_point"], _without_break(row["prompt"], _indented(row))
-    return Task(identity, prompt, row["test"], entry, canonical, calls=((entry, entry),))
+    entry, (prompt, lead) = row["entry_point"], _broken(row["prompt"])
+    canonical = _indented(row, lead)
+    return Task(identity, prompt, row["test"], entry, canonical, calls=((entry, entry),), lead=lead)
 
 
-def _without_break(prompt: str, canonical: str) -> tuple[str, str]:
-    """The line break that ends a prompt as the completion's first token: tokenizers join it with the indent.
+def _broken(prompt: str) -> tuple[str, str]:
+    """A prompt without the line breaks that end it, and these: tokenizers join them with the indent that follows.
 
     Behind a bare line break a model is asked for what it never saw begin there (``docs/fix.md``).
     """
     bare = prompt.rstrip("\n")
-    return bare, prompt[len(bare) :] + canonical if canonical else ""
+    return (bare, prompt[len(bare) :]) if bare else (prompt, "")
 
 
 def _mbpp(row: Mapping[str, Any], identity: str, where: str) -> Task:
@@ -182,27 +184,29 @@ def _own(row: Mapping[str, Any], identity: str, where: str) -> Task:
             raise FailuresError(f"{where}: messages is not a list of {{role, content}} objects with texts")
     shell = check.removeprefix(SHELL) if check.startswith(SHELL) else ""
     opened = not messages and prompt.rstrip().endswith((":", '"""', "'''"))
+    prompt, lead = _broken(prompt)
     return Task(
         identity,
         prompt,
         "" if shell else check,
         row.get("entry_point", ""),
-        _indented(row),
+        _indented(row, lead),
         row.get("stop", AFTER_BODY if opened else "" if messages else AFTER_PROGRAM),
         not messages,
         shell,
         row.get("imports", ""),
         tuple(messages or ()),
+        lead=lead,
     )
 
 
-def _indented(row: Mapping[str, Any]) -> str:
+def _indented(row: Mapping[str, Any], lead: str) -> str:
     """The canonical solution as the prompt goes on: its first line indented where the prompt opens a body."""
     text = str(row.get("canonical_solution", ""))
     opened = str(row.get("prompt", "")).rstrip().endswith((":", '"""', "'''"))
-    if not text or not opened or text[:1].isspace() or text.lstrip().startswith(("def ", "import ", "from ")):
-        return text
-    return "".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
+    if opened and not text[:1].isspace() and not text.startswith(("def ", "import ", "from ")):
+        text = "".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
+    return lead + text if text else ""
 
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
     from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import (
-        TEXTS as TEXTS,
         WINDOW as WINDOW,
         Planned as Planned,
+        own_texts as own_texts,
         planned as planned,
         statistics_of as statistics_of,
         windows as windows,

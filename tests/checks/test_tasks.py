@@ -62,11 +62,12 @@ def test_mbpp_is_a_program_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("written", "cut"),
     [
-        ("    return 1\n\n\ndef other():\n", "    return 1"),
-        ("    return 1\n\n    return 2\nprint(3)", "    return 1\n\n    return 2"),
-        ("    return 1\n", "    return 1\n"),
-        ("```\n", ""),
-        ("return 1\n", ""),
+        ("\n    return 1\n\n\ndef other():\n", "\n    return 1"),
+        ("\n    return 1\n\n    return 2\nprint(3)", "\n    return 1\n\n    return 2"),
+        ("\n    return 1\n", "\n    return 1\n"),
+        ("\n```\n", ""),
+        ("\nreturn 1\n", ""),
+        ("    # it halves\n    return 1\nprint(3)", "    # it halves\n    return 1"),
     ],
 )
 def test_a_body_ends_where_the_indentation_does(written: str, cut: str) -> None:
@@ -75,7 +76,7 @@ def test_a_body_ends_where_the_indentation_does(written: str, cut: str) -> None:
 
 def test_own_rows_with_code_commands_and_chats() -> None:
     own = task(prompt=PROMPT, check="assert half(2) == 1", imports="import os", id="mine")
-    assert own.program("    return 1").startswith("import os\n" + PROMPT)
+    assert own.program("\n    return 1") == "import os\n" + PROMPT + "    return 1\n"
     shell = task(prompt="# a\n", check="$ python {file}")
     assert (shell.shell, shell.tests) == ("python {file}", "")
     chat = task(messages=[{"role": "user", "content": "half?"}], check="assert half(2) == 1")
@@ -84,10 +85,23 @@ def test_own_rows_with_code_commands_and_chats() -> None:
     assert task(prompt="# a\n", check="", stop="END").cut("x END y") == "x "
 
 
+def test_a_line_break_that_ends_a_prompt_is_the_completions() -> None:
+    for breaks in ("\n", "\n\n"):
+        found = task(prompt="# a" + breaks, check="$ cat", stop="\n", canonical_solution="x = 1\n")
+        assert (found.prompt, found.lead, found.canonical) == ("# a", breaks, breaks + "x = 1\n")
+        assert found.cut(breaks + "x = 1\ny = 2") == breaks + "x = 1"
+        assert found.program(found.canonical) == "# a" + breaks + "x = 1\n\n"
+        assert found.code(found.canonical) == "x = 1\n"  # what a command gets
+    assert task(prompt="import os\n", check="").cut("\nprint(1)\nprint(2)") == "\nprint(1)"
+    assert task(prompt="a", check="").lead == ""
+    assert task(prompt="\n", check="").prompt == "\n"
+
+
 def test_a_canonical_solution_is_indented_to_its_prompt() -> None:
     found = task(prompt=PROMPT, check="", canonical_solution="y = x\nreturn y / 2\n")
-    assert found.canonical == "    y = x\n    return y / 2\n"
-    assert task(prompt="# half\n", check="", canonical_solution="def half(): 0\n").canonical == "def half(): 0\n"
+    assert found.canonical == "\n    y = x\n    return y / 2\n"
+    assert task(prompt="# half\n", check="", canonical_solution="def half(): 0\n").canonical == "\ndef half(): 0\n"
+    assert task(prompt=PROMPT, check="").canonical == ""
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lmrepair.measure.doctor.engines import Served, served
 from lmrepair.measure.doctor.estimate import Need, Speed, needs, speed
 from lmrepair.measure.doctor.memory import free_for
 from lmrepair.measure.doctor.tokenizer import Trap, traps, turn_end
-from lmrepair.model import TEXTS, Head, Net, weight
+from lmrepair.model import Head, Net, own_texts, weight
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def examine(net: Net) -> Examination:
     for parameter in net.model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
         weights[name] = weights.get(name, 0) + parameter.numel() * parameter.element_size()
-    free, measured = free_for(net), speed(net, TEXTS)
+    free, measured = free_for(net), speed(net, own_texts(net))
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return Examination(

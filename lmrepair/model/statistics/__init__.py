@@ -8,9 +8,9 @@ from lmrepair import door
 
 if TYPE_CHECKING:
     from lmrepair.model.statistics.cache import (
-        TEXTS as TEXTS,
         Planned as Planned,
         cache_folder as cache_folder,
+        own_texts as own_texts,
         planned as planned,
         statistics_of as statistics_of,
     )

@@ -33,6 +33,7 @@ from lmrepair.model.statistics.texts import answered, beginnings, windows
 log = logging.getLogger("lmrepair")
 
 TEXTS, LENGTH = 48, 48  # how much text a model writes for its own statistics, in tokens
+MIXED = 4  # times as many texts for a mixture, each of whose experts sees a part of the tokens
 FORMAT = 4
 PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
 
@@ -54,7 +55,7 @@ class Planned:
 def planned(net: Net, asked: Asked, own: int | None = None, given: int = 0) -> Planned:
     """What it takes to gather the statistics asked for, from the model's ``own`` texts and ``given`` other tokens."""
     length = min(LENGTH, (net.anatomy.context or LENGTH) - 1)
-    count = TEXTS if own is None else own
+    count = own_texts(net) if own is None else own
     kinds = {
         layer: (kind_for(asked.inputs, place.widths), kind_for(asked.outputs, (net.hidden,)))
         for layer, place in enumerate(net.anatomy.ffns)
@@ -64,6 +65,11 @@ def planned(net: Net, asked: Asked, own: int | None = None, given: int = 0) -> P
         for (one, other), place in zip(kinds.values(), net.anatomy.ffns, strict=True)
     )
     return Planned(kinds, count, length, count * length + given, room * ((count > 0) + (given > 0)))
+
+
+def own_texts(net: Net) -> int:
+    """How many texts the model writes where nobody says."""
+    return TEXTS if all(place.dense for place in net.anatomy.ffns) else MIXED * TEXTS
 
 
 def statistics_of(
@@ -78,7 +84,7 @@ def statistics_of(
     """The statistics a method asks for, from text the model writes by itself and, if given, a reference too: texts,
     or rows with their answers, of which the first 4,608 tokens are read (1,024 where none has an answer).
 
-    ``own``: how many texts the model writes (default TEXTS); 0 where the reference alone is to be read.
+    ``own``: how many texts the model writes (default ``own_texts``); 0 where the reference alone is to be read.
     Kept in ``cache`` (default: ``cache_folder()``) under the model's fingerprint and what was asked; a
     file that is damaged or for something else is made anew, and a folder that cannot be written to is done
     without. What it takes is said through ``progress`` before it starts; a run that is cut off is taken up
