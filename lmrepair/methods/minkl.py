@@ -96,13 +96,13 @@ class MinKl(Targeted):
         return 0.0 if self.mode == "multi-failure" else self.margin
 
     def memory(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:
-        """With every target position open: the factors as read, whitened, and whitened a step before; four K."""
+        """With every target position open: the factors as read, and as read a step before; four K."""
         wide = sum(len(columns) for columns in sites.columns.values())
         slopes = len(sites.columns) * net.hidden
         each = [len(item.ids) * (wide + len(item.target) * slopes) for item in tokens] or [0]
         rows = [len(item.target) for item in tokens] or [0]
         joint = self.mode == "multi-failure"
-        return 12 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
+        return 8 * (sum(each) if joint else max(each)) + 32 * (sum(rows) if joint else max(rows)) ** 2
 
     def solve(self, problem: Problem) -> Step:
         state: Linearised = problem.memory if problem.step else self._start(problem)

@@ -289,6 +289,5 @@ class Metric:
         return self.inputs[layer] if part is moment else part.inverse(self.damping)
 
     def through(self, layer: int, columns: Tensor, delta: Tensor) -> Tensor:
-        """C Δ F for a change [k, d] of some neurons [k] of a layer, damped as the inverses are."""
-        inputs, outputs = self.statistics.inputs[layer].at(columns), self.statistics.outputs[layer]
-        return outputs.damped(inputs.damped(delta.T, self.damping).T, self.damping)
+        """C Δ for a change [k, d] of some neurons [k] of a layer, damped as its inverse is."""
+        return self.statistics.inputs[layer].at(columns).damped(delta.T, self.damping).T

@@ -21,7 +21,7 @@ from lmrepair.failures.tokens import Tokens
 from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem
 from lmrepair.methods.maths.basis import Bases
-from lmrepair.methods.maths.dual import RIDGE, gram, kernel, not_negative, weights_for
+from lmrepair.methods.maths.dual import RIDGE, kernel, not_negative, system_of, weights_for
 from lmrepair.methods.maths.linearised import AIM, SPARE, STAY
 from lmrepair.methods.maths.margins import read_margins
 from lmrepair.methods.maths.spans import directions, shared_out
@@ -86,23 +86,29 @@ def test_the_kernel_is_the_dense_inner_product(kind: str, at_once: int) -> None:
         factors = read_margins(net, net.batches(tokens, at_once), net.every_site(), None, None).factors
     c = [dense(known.inputs, layer, 0.01) for layer in range(LAYERS)]
     f = [dense(known.outputs, layer, 0.01) for layer in range(LAYERS)]
-    whitened = [
+    near = [
         dataclasses.replace(
-            item,
-            inputs={layer: (z.double() @ c[layer].inverse()).float() for layer, z in item.inputs.items()},
-            slopes={layer: (g.double() @ f[layer].inverse()).float() for layer, g in item.slopes.items()},
+            item, inputs={layer: (z.double() @ c[layer].inverse()).float() for layer, z in item.inputs.items()}
         )
         for item in factors
     ]
-    found = kernel(factors, whitened)
+
+    def whiten(layer: int, slopes: Tensor) -> Tensor:
+        return (slopes.double() @ f[layer].inverse()).float()
+
+    found = torch.cat([kernel(item, near, whiten) for item in factors])
     _, gradients = oracle_minkl.margins(net.model, oracle_models.pairs(tokens))
     wanted = oracle_minkl.system(gradients, c, f)
     assert found.dtype == torch.float64
     scale = wanted.diagonal().sqrt()
     assert float(((found - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
-    same = gram(factors, whitened)
+    same = system_of([], factors, near, whiten)
     assert torch.equal(same, same.T)
     assert float(((same - wanted) / torch.outer(scale, scale)).abs().max()) < 1e-4
+    count = sum(len(item.rows) for item in factors[:2])
+    beside = system_of(near[:2], factors[2:], near[2:], whiten)  # two of them from before
+    assert torch.equal(beside[:, count:], beside[:, count:].T)
+    assert float(((beside - wanted[count:]) / torch.outer(scale[count:], scale)).abs().max()) < 1e-4
 
 
 @st.composite

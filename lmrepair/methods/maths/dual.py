@@ -6,7 +6,7 @@ K λ = b and K_st = ⟨J_s, C⁻¹ J_t F⁻¹⟩. The gradients J stay factors (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,31 +19,20 @@ TRIES = 3  # exchanges of whole sets of constraints that need not leave fewer wr
 MOST = 100  # exchanges, and three for each constraint
 
 
-def kernel(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
-    """K [n, r]: K_st = Σ_layers Σ_ij (g_si · g_tj) (z_i · z_j) in float64, one of the sides whitened by C⁻¹ and F⁻¹.
+Whiten = Callable[[int, Tensor], Tensor]  # layer and slopes g [..., d] → g F⁻¹
 
-    That is how far one unit of weight on position t moves the margin of position s.
+
+def kernel(left: Factors, right: Sequence[Factors], whiten: Whiten) -> Tensor:
+    """K [s, r] of a failure's positions with those of others, whose inputs are z C⁻¹ already, in float64:
+
+    K_st = Σ_layers Σ_ij (g_si F⁻¹ g_tj) (z_i C⁻¹ z_j). That is how far one unit of weight on position t moves the
+    margin of position s. The slopes are carried over to the others' positions, whitened layer by layer.
     """
-    return torch.cat([_rows(item, right) for item in left])
-
-
-def gram(raw: Sequence[Factors], white: Sequence[Factors]) -> Tensor:
-    """The kernel [n, n] of failures with themselves, exactly symmetric: each pair of failures is met once."""
-    ends = torch.tensor([0] + [len(item.rows) for item in raw]).cumsum(0).tolist()
-    system = torch.zeros(ends[-1], ends[-1], dtype=torch.float64, device=white[0].rows.device)
-    for index, item in enumerate(raw):
-        system[ends[index] : ends[index + 1], ends[index] :] = _rows(item, white[index:])
-    upper = system.triu(1)
-    return upper + upper.T + system.diagonal().diag()
-
-
-def _rows(item: Factors, right: Sequence[Factors]) -> Tensor:
-    """The kernel's rows of one failure, [s, r]: its slopes are carried over to the other failures' positions."""
     total: Tensor | None = None
-    for layer, slopes in item.slopes.items():
-        count, length, width = slopes.shape
-        near = item.inputs[layer] @ torch.cat([other.inputs[layer] for other in right]).T
-        carried = near.T @ slopes.transpose(0, 1).reshape(length, count * width)
+    for layer, raw in left.slopes.items():
+        count, length, width = raw.shape
+        near = left.inputs[layer] @ torch.cat([other.inputs[layer] for other in right]).T
+        carried = near.T @ whiten(layer, raw).transpose(0, 1).reshape(length, count * width)
         blocks, at = [], 0
         for other in right:
             here = carried[at : at + len(other.inputs[layer])].view(-1, count, width)
@@ -53,6 +42,23 @@ def _rows(item: Factors, right: Sequence[Factors]) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def system_of(kept: Sequence[Factors], raw: Sequence[Factors], near: Sequence[Factors], whiten: Whiten) -> Tensor:
+    """The kernel's rows [n, k + n] of n positions: with k that are kept from before, and, exactly symmetric, with
+    themselves, each pair of failures met once. ``near``: the same as ``raw``, with z C⁻¹ for inputs, as ``kept``.
+    """
+    ends = torch.tensor([0] + [len(item.rows) for item in raw]).cumsum(0).tolist()
+    old = sum(len(item.rows) for item in kept)
+    found = torch.zeros(ends[-1], old + ends[-1], dtype=torch.float64, device=raw[0].rows.device)
+    for index, item in enumerate(raw):
+        rows = kernel(item, [*kept, *near[index:]], whiten)
+        here = found[ends[index] : ends[index + 1]]
+        here[:, :old], here[:, old + ends[index] :] = rows[:, :old], rows[:, old:]
+    own = found[:, old:]
+    upper = own.triu(1)
+    found[:, old:] = upper + upper.T + own.diagonal().diag()
+    return found
 
 
 def not_negative(system: Tensor, wanted: Tensor) -> Tensor:

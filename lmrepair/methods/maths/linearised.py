@@ -1,4 +1,4 @@
-"""What the steps of a minimum-KL solve share: margins with their whitened gradients, among the directions allowed."""
+"""What the steps of a minimum-KL solve share: margins with their gradients, among the directions allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lmrepair.methods.maths.dual import gram, kernel
+from lmrepair.methods.maths.dual import system_of
 from lmrepair.methods.maths.margins import Factors
 from lmrepair.methods.maths.spans import directions, shared_out
 from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites
@@ -38,8 +38,8 @@ class Linearised:
     ``columns``: layer → neurons of the sites [k]; ``places``: which of them are written to; ``inputs``: the
     metric there. ``spans``: layer → U [k, r], orthonormal under C, where a change is U X; without, it is any.
     ``parts``: layer → X [r, d] so far, on top of ``before``, what was there at the start.
-    Margins below ``floors`` are open, and steps take them to ``aims``. ``items``: the whitened gradients of
-    each failure that was read, as it was read last; ``system`` [n, n] is their kernel, and ``short`` by how
+    Margins below ``floors`` are open, and steps take them to ``aims``. ``items``: the gradients of each
+    failure that was read, as it was read last, z C⁻¹ and g; ``system`` [n, n] is their kernel, and ``short`` by how
     much the last step, number ``steps``, was to raise the margin that lacked most.
     """
 
@@ -100,9 +100,9 @@ class Linearised:
         return torch.cat(found)
 
     def _through(self, layer: int, deltas: Mapping[int, Delta]) -> Tensor:
-        """C Δ F, in the spans X F."""
+        """C Δ, in the spans X."""
         if self.spans:
-            return self.metric.statistics.outputs[layer].damped(self.parts[layer], self.metric.damping)
+            return self.parts[layer]
         places, delta = self.places[layer], deltas[layer]
         assert isinstance(delta, Tensor)
         return self.metric.through(layer, self.columns[layer].cpu()[places], delta[places])
@@ -128,20 +128,17 @@ class Linearised:
     def linearised(self, factors: Sequence[Factors]) -> Linearised:
         """With some failures read anew: their gradients take the place of the old ones, in the system too."""
         fresh = [self.restrict(item) for item in factors]
-        white = [self.whiten(item) for item in fresh]
+        near = [self._near(item) for item in fresh]
         again = {item.first for item in factors}
         kept = [item for item in self.items if item.first not in again]
-        corner = gram(fresh, white)
+        rows = system_of(kept, fresh, near, self._white)
         if not kept:
-            return replace(self, items=tuple(white), system=corner)
-        side = kernel(kept, fresh)
+            return replace(self, items=tuple(near), system=rows)
         stays = torch.cat(
             [torch.full_like(item.rows, item.first not in again, dtype=torch.bool) for item in self.items]
         )
         old = self.system[stays][:, stays]
-        return replace(
-            self, items=(*kept, *white), system=torch.cat([torch.cat([old, side], 1), torch.cat([side.T, corner], 1)])
-        )
+        return replace(self, items=(*kept, *near), system=torch.cat([torch.cat([old, rows[:, : len(old)].T], 1), rows]))
 
     def restrict(self, item: Factors) -> Factors:
         return replace(
@@ -150,13 +147,13 @@ class Linearised:
             slopes={layer: item.slopes[layer] for layer in self.layers},
         )
 
-    def whiten(self, item: Factors) -> Factors:
-        """z C⁻¹ and g F⁻¹."""
-        return replace(
-            item,
-            inputs={layer: self.near(layer, z) for layer, z in item.inputs.items()},
-            slopes={layer: self.metric.outputs[layer].apply(g) for layer, g in item.slopes.items()},
-        )
+    def _near(self, item: Factors) -> Factors:
+        """z C⁻¹ for inputs; the slopes as they are, which are most of what is kept."""
+        return replace(item, inputs={layer: self.near(layer, z) for layer, z in item.inputs.items()})
+
+    def _white(self, layer: int, slopes: Tensor) -> Tensor:
+        """g F⁻¹."""
+        return self.metric.outputs[layer].apply(slopes)
 
     def seen(self, layer: int, z: Tensor) -> Tensor:
         """Coefficients [T, sites' k] as a change of this state sees them: [T, k], with spans z U [T, r]."""
@@ -171,31 +168,33 @@ class Linearised:
     def changes(self, weights: Tensor) -> dict[int, Tensor]:
         """Layer → the change [k, d] (with spans [r, d]) that weights [n] of the linearised margins stand for."""
         found: dict[int, Tensor] = {}
-        for weight, item in zip(weights.split([len(item.rows) for item in self.items]), self.items, strict=True):
-            for layer in self.layers:
-                part = item.inputs[layer].T @ torch.einsum("s,std->td", weight, item.slopes[layer])
-                found[layer] = found[layer] + part if layer in found else part
+        shares = self._shares(weights)
+        for layer in self.layers:
+            white = self._white(layer, self._mixed(layer, shares))
+            near = torch.cat([item.inputs[layer] for item in self.items])
+            found[layer] = near.T @ white
         return found
 
     def used(self, factors: Sequence[Factors], weights: Tensor) -> dict[int, Used]:
         """What the change of ``weights`` uses; ``factors`` are the items as they were read."""
-        shares = weights.split([len(item.rows) for item in self.items])
-        raw = [self.restrict(item) for item in factors]
+        shares = self._shares(weights)
         found = {}
         for layer in self.layers:
             near = torch.cat([item.inputs[layer] for item in self.items])
-            seen = torch.cat([item.inputs[layer] for item in raw]) @ near.T
-            mixed, white = (
-                torch.cat(
-                    [
-                        torch.einsum("s,std->td", share, item.slopes[layer])
-                        for share, item in zip(shares, items, strict=True)
-                    ]
-                )
-                for items in (raw, self.items)
-            )
-            found[layer] = Used(near, seen, mixed, white)
+            seen = torch.cat([self.seen(layer, item.inputs[layer]) for item in factors]) @ near.T
+            mixed = self._mixed(layer, shares)
+            found[layer] = Used(near, seen, mixed, self._white(layer, mixed))
         return found
+
+    def _shares(self, weights: Tensor) -> list[Tensor]:
+        return list(weights.split([len(item.rows) for item in self.items]))
+
+    def _mixed(self, layer: int, shares: Sequence[Tensor]) -> Tensor:
+        """Slopes of all items' positions [T, d], summed with the weights of their margins."""
+        mixes = [
+            torch.einsum("s,std->td", share, item.slopes[layer]) for share, item in zip(shares, self.items, strict=True)
+        ]
+        return torch.cat(mixes)
 
     def spanned(self, used: Mapping[int, Used], deltas: Mapping[int, Delta], rank: int, room: int) -> Linearised:
         """Among the directions worth most alone, at most ``rank`` a layer and ``room`` numbers of factors in all.
