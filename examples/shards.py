@@ -3,6 +3,8 @@ r"""A repair of a model that lies on several devices as shards, one process (ran
     torchrun --nproc-per-node 2 examples/shards.py failures.jsonl --model my/model --output fix.safetensors
     torchrun --nproc-per-node 2 examples/shards.py failures.jsonl --model my/mixture --output fix.safetensors \
         --shards experts
+    torchrun --nproc-per-node 2 examples/shards.py failures.jsonl --model my/model --output fix.safetensors \
+        --shards fsdp
 
 All ranks solve for the same change, and each writes what it holds; the first one saves the patch, which is that of one
 process: ``lmrepair verify fix.safetensors --model my/model`` checks it there.
@@ -24,7 +26,7 @@ def main() -> int:
     parser.add_argument("failures", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shards", default="tensor", choices=("tensor", "experts"))
+    parser.add_argument("--shards", default="tensor", choices=("tensor", "experts", "fsdp"))
     parser.add_argument("--max-kl", type=float, default=MAX_KL)
     given = parser.parse_args()
     with lmrepair.ranks() as rank:

@@ -31,7 +31,7 @@ ROOMS = {
     "__main__": "",
 }
 INSIDE = {  # a room in a room: its parent's modules above it are its own, and its parent comes in by the door
-    "model.anatomy": "shards stacks products mixtures probe norm projections places",
+    "model.anatomy": "shards stacks products gathered mixtures probe norm projections places",
     "model.edit": "sparse_integers products changes trial unwritten",
     "model.loading": "cutting checkpoint consent header gguf_file opening",
     "model.statistics": "texts packing sums joining cache",

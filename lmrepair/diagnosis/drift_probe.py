@@ -111,8 +111,7 @@ def _some(states: Mapping[Tokens, Tensor]) -> Tensor | None:
 
 def _logs(net: Net, states: Tensor) -> Tensor:
     with torch.inference_mode():
-        said: Tensor = net.anatomy.head(states).float().log_softmax(dim=-1)
-        return said
+        return net.alone(net.anatomy.head, states).float().log_softmax(dim=-1)
 
 
 def _said(net: Net, batch: Batch, rows: Tensor) -> Tensor:

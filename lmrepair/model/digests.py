@@ -37,11 +37,12 @@ def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
 
     Of a model in shards, every rank has to ask for it: it is that of the whole.
     """
-    projections = {stack.local.data_ptr() for place in net.anatomy.ffns for stack in place.stacks}
+    every = net.model.state_dict()  # before it is asked where neurons lie: shards put together may be let go of here
+    projections = {stack.at for place in net.anatomy.ffns for stack in place.stacks}
     body = {
         name: tensor
-        for name, tensor in net.model.state_dict().items()
-        if isinstance(tensor, Tensor) and here(tensor).data_ptr() not in projections
+        for name, tensor in every.items()
+        if isinstance(tensor, Tensor) and not {name, here(tensor).data_ptr()} & projections
     }
     with ThreadPoolExecutor() as pool:
         each: Any = map if net.bytes < CHUNK or net.in_shards else pool.map  # ranks put shards together in one order

@@ -35,7 +35,7 @@ class Head:
         with torch.inference_mode():
             rows = batch.rows[:PROBE]
             told, states = net.logits_and_states(batch, rows)
-            raw, wanted = net.anatomy.head(states)[0].double(), told.double()
+            raw, wanted = net.alone(net.anatomy.head, states)[0].double(), told.double()
         config: Any = net.model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None) or 0.0
         scale = float((raw * wanted).sum() / raw.square().sum().clamp(min=1e-300))
@@ -58,7 +58,7 @@ class Head:
 
     def logits(self, seen: Tensor) -> Tensor:
         """Logits [n, V] of rows that were ``seen``."""
-        return seen if self.whole else self.shaped(self.net.anatomy.head(seen[None])[0])
+        return seen if self.whole else self.shaped(self.net.alone(self.net.anatomy.head, seen[None])[0])
 
     def shaped(self, raw: Tensor) -> Tensor:
         """What the head says, with what follows it."""

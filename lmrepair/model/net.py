@@ -20,7 +20,20 @@ from transformers import GenerationConfig
 
 from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.failures import Failure, Tokens, tokenize
-from lmrepair.model.anatomy import Anatomy, altered, find, first_infinite, in_shards, not_finite, seen, weight
+from lmrepair.model.anatomy import (
+    Anatomy,
+    altered,
+    bare,
+    find,
+    first_infinite,
+    in_shards,
+    not_finite,
+    passing,
+    seen,
+    settled as settled,
+    together,
+    weight,
+)
 from lmrepair.model.batches import Batch, Inputs, Preference, Reading, Sites, Watched
 from lmrepair.model.source import Source
 
@@ -42,11 +55,16 @@ class Net:
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
         self.source = source or Source()
-        self.in_shards = in_shards(model)
         began = time.perf_counter()
         with settled(model):
+            self.in_shards = in_shards(model)
             self.anatomy: Anatomy = find(model)
         self.placing_seconds = time.perf_counter() - began
+
+    @property
+    def runs_in_shards(self) -> bool:
+        """Whether what runs are shards: backward passes that are vectorised do not know them."""
+        return self.in_shards and self.anatomy.ffns[0].stacks[0].owner is None
 
     @property
     def layers(self) -> int:
@@ -159,11 +177,13 @@ class Net:
 
         def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(given[0].reshape(-1, given[0].shape[-1]).to(self.device)[chosen][None])
+            together(states[0], self.anatomy.around)
             return (states[0][:, :shown], *given[1:])
 
         handle = self.anatomy.head.register_forward_pre_hook(choose)
         try:
-            output = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            with passing(self.model):
+                output = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
         finally:
             handle.remove()
         logits: Tensor = output.logits[0]
@@ -264,6 +284,11 @@ class Net:
         with altered(self.anatomy.ffns[layer], here):
             yield
 
+    def alone(self, module: nn.Module, given: Tensor) -> Tensor:
+        """What the head or the final norm makes of values outside of the model's passes."""
+        made: Tensor = bare(module, given) if self.anatomy.around else module(given)
+        return made
+
     def generate(self, tokens: Sequence[Tokens]) -> list[tuple[int, ...]]:
         """Free-running greedy completions, each as long as its target unless the model ends it before.
 
@@ -327,23 +352,6 @@ def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients on parameters, both put back as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, needed in wanted:
-            parameter.requires_grad_(needed)
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
     """Plain greedy decoding, whatever the model's own settings; ``sampled``: of exactly ``length`` tokens.
 
@@ -364,7 +372,8 @@ def _decoding(net: Net, length: int, sampled: bool = False) -> Iterator[None]:
         bos_token_id=net.tokenizer.bos_token_id,
     )
     try:
-        yield
+        with passing(model):
+            yield
     finally:
         handle.remove()
         model.generation_config = kept

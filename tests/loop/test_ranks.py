@@ -12,6 +12,7 @@ from typing import Any
 import mixtures
 import oracle_models
 import pytest
+import ranked
 import torch
 from oracle_models import FAILURES, tokenizer
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 import lmrepair
-from lmrepair import Gate, ModelError, Net, Patch, Repair, UsageError, diagnose, load, repair
+from lmrepair import Gate, ModelError, Patch, UsageError, diagnose, load, repair
 from lmrepair.failures import read_kinds
 from lmrepair.model import fingerprint
 from lmrepair.model.loading.cutting import cut
@@ -46,31 +47,26 @@ def on_two_ranks(cache: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def alone(folder: Path) -> tuple[Net, Repair]:
-    """The same with one process, and the patch taken back."""
-    net = load(str(folder))
-    made = repair(net, FAILURES[:1], gate=Gate(float("inf"), tuple(read_kinds())))
-    assert made.patch is not None
-    made.patch.revert(net)
-    return net, made
-
-
 def off_by(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_two_ranks_solve_for_the_change_of_one_process(tmp_path: Path) -> None:
-    folder = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny")
-    on_two_ranks(tmp_path / "statistics", "deltas", folder, tmp_path / "deltas.safetensors")
-    _, made = alone(folder)
-    assert made.patch is not None
-    found = load_file(tmp_path / "deltas.safetensors")
-    assert found.keys() == {str(layer) for layer in made.patch.changes}
-    for layer, change in made.patch.changes.items():
-        assert off_by(found[str(layer)], change.deltas) < 1e-5
-    with safe_open(tmp_path / "deltas.safetensors", "pt") as file:
-        assert file.metadata()["body"] == made.patch.fingerprint.body  # of the whole model, though no rank held it
+@pytest.mark.parametrize("kinds", [("tensor",), ("fsdp", *ranked.WRAPPED)])
+def test_two_ranks_solve_for_the_change_of_one_process(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    folder, output = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny"), tmp_path / "deltas"
+    on_two_ranks(tmp_path / "statistics", "deltas", folder, output, *kinds)
+    models = {"by blocks": mixtures.model("mixtral"), "at once": oracle_models.model()}
+    found = load_file(output)
+    for kind in kinds:
+        net = load(models[kind], tokenizer()) if kind in models else load(str(folder))
+        for name in {key.split()[-2] for key in found if key.startswith(kind)}:
+            patch = ranked.repaired(net, name)
+            for layer, change in patch.changes.items():
+                assert off_by(found.pop(f"{kind} {name} {layer}"), change.deltas) < 1e-5, (kind, name, layer)
+            with safe_open(output, "pt") as file:
+                assert file.metadata()[kind] == patch.fingerprint.body  # of the whole model, though no rank held it
+    assert not found
 
 
 @pytest.mark.timeout(2 * PATIENCE)
@@ -87,8 +83,11 @@ def test_experts_on_two_ranks_and_the_example(tmp_path: Path) -> None:
         "--max-kl", "inf",
     )  # fmt: skip
     theirs = Patch.load(output)
-    net, made = alone(folder)
+    net = load(str(folder))
+    before = fingerprint(net, {})
+    made = repair(net, FAILURES[:1], gate=Gate(float("inf"), tuple(read_kinds())))
     assert made.patch is not None
+    made.patch.revert(net)
     assert f"{failure.id} {len(made.outcomes[0].before)} → 0" in said
     assert "repaired 1 of 1" in said
     assert theirs.fingerprint == made.patch.fingerprint
@@ -97,7 +96,6 @@ def test_experts_on_two_ranks_and_the_example(tmp_path: Path) -> None:
         assert torch.equal(theirs.changes[layer].columns, change.columns)
         # In float32 sums of two halves are rounded otherwise, and a solve makes more of it.
         assert off_by(theirs.changes[layer].deltas, change.deltas) < 1e-4
-    before = fingerprint(net, {})
     theirs.apply(net)
     assert not any(item.mistakes for item in diagnose(net, net.tokenize(FAILURES[:1])))
     theirs.revert(net)

@@ -123,7 +123,7 @@ def _factors(
     if sites.layers == (net.layers - 1,):
         joined = _at_own(batch, owned, slope, states, outputs[0])
     else:
-        joined = _passes(owned, slope, states, outputs, not net.in_shards)
+        joined = _passes(owned, slope, states, outputs, not net.runs_in_shards)
     inputs = {layer: watched.inputs[layer].detach() for layer in sites.layers}
     found = []
     for index, own in enumerate(owned):

@@ -41,9 +41,9 @@ class Tail:
         assert norm is not None
         with torch.enable_grad():
             states = (self.states.float() + moved).to(self.states.dtype).requires_grad_()
-            seen = norm(states[None])
+            seen = self.net.alone(norm, states[None])
         with torch.no_grad():
-            preference = Preference.of(head(seen)[0], self.wanted)
+            preference = Preference.of(self.net.alone(head, seen)[0], self.wanted)
             ahead = rows(weight(head), self.wanted) - rows(weight(head), preference.rival)
         (slopes,) = torch.autograd.grad(seen, states, ahead[None].to(seen))
         return preference, slopes.float()

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
+    from lmrepair.model.anatomy.gathered import (
+        bare as bare,
+        passing as passing,
+        settled as settled,
+        together as together,
+    )
     from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find, not_finite as not_finite
     from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
     from lmrepair.model.anatomy.products import altered as altered, seen as seen

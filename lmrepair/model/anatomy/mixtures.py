@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
+from lmrepair.errors import ModelError
+from lmrepair.model.anatomy.gathered import Owners
 from lmrepair.model.anatomy.products import Product, Routed, recorded
 from lmrepair.model.anatomy.stacks import Place, Stack
 
@@ -41,6 +45,7 @@ def mixtures(
     run: Callable[[], object],
     hidden: Mapping[nn.Module, int],
     tokens: int,
+    owners: Owners,
 ) -> dict[nn.Module, Routed]:
     """The mixtures of the blocks (by their names in the model), each with what one run over ``tokens`` made of it."""
     places: dict[str, Place] = {}
@@ -49,7 +54,8 @@ def mixtures(
         for where, block in blocks.items():
             for name, module in suspects(block, whole).items():
                 path = f"{where}.{name}"
-                places[path] = Place(module, path, tuple(_stacks(path, module, hidden[block])))
+                places[path] = Place(module, path, tuple(_stacks(path, module, hidden[block], owners)))
+                _refuse_apart(places[path], owners.get(block))
 
                 def keep(routed: Routed, made: Tensor, _: bool, path: str = path) -> Tensor:
                     seen.setdefault(path, []).append(routed)
@@ -69,15 +75,25 @@ def mixtures(
     return {routed.place.module: routed for routed in found.values()}
 
 
-def _stacks(path: str, module: nn.Module, hidden: int) -> Iterator[Stack]:
+def _refuse_apart(place: Place, owner: FSDPModule | None) -> None:
+    """Experts are asked for their weights' part in the output while their block runs: FSDP would end its pass there."""
+    for stack in place.stacks:
+        if stack.owner is not owner:
+            raise ModelError(
+                f"{stack.name} is put together apart from its block (fully_shard); expected experts that are part of "
+                "their block's shards: wrap the block alone"
+            )
+
+
+def _stacks(path: str, module: nn.Module, hidden: int, owners: Owners) -> Iterator[Stack]:
     """Every parameter of a part that could hold neurons of width ``hidden``."""
     for inner, part in module.named_modules():
         for attribute, one in part.named_parameters(recurse=False):
             name = ".".join(filter(None, (path, inner, attribute)))
             if one.dim() == 3 and min(one.shape) > 1 and hidden in one.shape[1:]:
-                yield Stack(part, attribute, name, one.shape[1] != hidden)
+                yield Stack(part, attribute, name, one.shape[1] != hidden, owners.get(part))
             elif attribute == "weight" and is_matrix(part) and one.shape[isinstance(part, Conv1D)] == hidden:
-                yield Stack(part, attribute, name, isinstance(part, Conv1D))
+                yield Stack(part, attribute, name, isinstance(part, Conv1D), owners.get(part))
 
 
 def _told(routed: Routed) -> Routed | None:
@@ -104,7 +120,7 @@ def _turned(at: int, routed: Routed) -> Stack:
     mine = [product for product in routed.products if product.stack == at]
     if not mine or stack.stored.shape[-1] != stack.stored.shape[-2] or isinstance(stack.module, nn.Linear):
         return stack
-    other = Stack(stack.module, stack.attribute, stack.name, not stack.rows)
+    other = replace(stack, rows=not stack.rows)
     return min((stack, other), key=lambda one: _missed(one, mine))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lmrepair.errors import ModelError
+from lmrepair.model.anatomy.gathered import bare
 from lmrepair.model.anatomy.probe import Probe, weight
 
 FAR = 100.0  # times the length of a state: a norm puts out the same
@@ -72,9 +72,10 @@ def _gain(norm: nn.Module, hidden: int) -> Tensor | None:
     x[1::2] = -1.0
     if hidden % 2:
         x[-3:] = torch.tensor([1.0, 1.0, -2.0], device=device)
-    norm = copy.deepcopy(norm).float()
     try:
-        near, far = (norm(torch.stack([x, -x])[None] * size)[0].float().cpu() for size in (FAR, FAR * FAR))
+        near, far = (
+            bare(norm, torch.stack([x, -x])[None] * size, torch.float32)[0].float().cpu() for size in (FAR, FAR * FAR)
+        )
     except (TypeError, RuntimeError, ValueError, IndexError):  # a bare leaf may want something else than states
         return None
     if near.shape != (2, hidden) or not torch.allclose(near, far, rtol=1e-2, atol=1e-2 * float(near.abs().max())):

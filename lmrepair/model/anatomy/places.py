@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lmrepair.errors import ModelError, NotFiniteError
+from lmrepair.model.anatomy.gathered import around, refuse_other_weights
 from lmrepair.model.anatomy.mixtures import is_matrix
 from lmrepair.model.anatomy.norm import could_be_norms, final_norm
 from lmrepair.model.anatomy.probe import NEGLIGIBLE, Probe, first_infinite, weight
@@ -27,7 +28,8 @@ class Anatomy:
 
     ``head`` has a weight [vocabulary, hidden]; ``gain`` [hidden] (float32) is what the final norm
     multiplies a normalised state by, and ``norm`` that norm, if the head reads just what it writes;
-    ``ffns`` are the layers' FFNs, where their neurons are.
+    ``ffns`` are the layers' FFNs, where their neurons are; ``around``: what puts the weights of norm and
+    head together, where these are there only while the model runs.
     """
 
     head: nn.Module
@@ -37,6 +39,7 @@ class Anatomy:
     hidden: int
     vocabulary: int
     context: int | None
+    around: tuple[FSDPModule, ...]
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
@@ -87,6 +90,7 @@ def find(model: nn.Module) -> Anatomy:
         hidden=hidden,
         vocabulary=vocabulary,
         context=getattr(text_config, "max_position_embeddings", None),
+        around=around(model, blocks, probe.owners),
     )
 
 
@@ -94,11 +98,6 @@ def _refuse_uneditable(model: nn.Module) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError("the model is an encoder-decoder; expected a decoder-only causal language model")
     advice = "quantised weights cannot be patched: load the float checkpoint, or a GGUF file"
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ModelError(
-            "the model's weights are put together only while each part runs (FSDP); expected them whole, or in shards "
-            'that run as they are: lmrepair.load(folder, shards="tensor")'
-        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or getattr(parameter, "_hf_hook", None) is not None:
             raise ModelError(f"{name} is offloaded; an edit would do nothing: load the model whole on one device")
@@ -112,6 +111,7 @@ def _refuse_uneditable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ModelError(f"{name} is offloaded; an edit would do nothing: load the model whole on one device")
+    refuse_other_weights(model)
 
 
 def _head(model: nn.Module) -> nn.Module:

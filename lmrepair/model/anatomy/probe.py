@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmrepair.errors import ModelError
+from lmrepair.model.anatomy.gathered import owners
 from lmrepair.model.anatomy.mixtures import is_matrix, mixtures
 from lmrepair.model.anatomy.shards import still
 
@@ -51,7 +52,7 @@ class Probe:
         self, model: nn.Module, head: nn.Module, blocks: Mapping[str, nn.Module], norms: Sequence[nn.Module]
     ) -> None:
         """Run it. Raises ModelError for a model that does not take plain token ids or returns no logits."""
-        self.model, self.head = model, head
+        self.model, self.head, self.owners = model, head, owners(model)
         device = weight(head).device
         vocabulary = min(len(weight(head)), _embedded(model))
         self.ids = ((torch.arange(LENGTH) * 7 + 5) % vocabulary)[None].to(device)
@@ -64,7 +65,7 @@ class Probe:
             self.logits = self._keep([*parts, head, *blocks.values()])
         ran = {name: block for name, block in blocks.items() if block in self.clean}
         widths = {block: self.clean[block][0].made.shape[-1] for block in ran.values()}
-        self.routed = mixtures(ran, self._whole, lambda: self.forward(self.ids), widths, LENGTH)
+        self.routed = mixtures(ran, self._whole, lambda: self.forward(self.ids), widths, LENGTH, self.owners)
         if self.routed:
             self._keep(list(self.routed))
         self.parts = {block: self._parts(block) for block in blocks.values()}

@@ -57,7 +57,7 @@ class Routed:
         found = []
         for at, stack in enumerate(self.place.stacks):
             kind = torch.promote_types(stack.stored.dtype, torch.float32)
-            experts = len(_experts(stack.local))
+            experts = stack.experts if stack.owner else len(_experts(stack.local))  # as many as run on this rank
             z = torch.zeros(self.count * experts, stack.width, dtype=kind, device=stack.stored.device)
             for product, tokens, weights in zip(self.products, self.tokens, self.weights, strict=True):
                 if product.stack == at:

@@ -67,7 +67,7 @@ def ffns(probe: Probe, stack: str, modules: Sequence[nn.Module], hidden: int) ->
     for block, reach in zip(blocks, reached, strict=True):
         names = _candidates(probe, block, reach, _reach(probe, block, runs), runs, hidden)
         found.append(_widest(block, [_place(probe, block, name) for name in names], hidden))
-    stored = [stack.local.data_ptr() for place in found for stack in place.stacks]
+    stored = [stack.at for place in found for stack in place.stacks]
     if len(set(stored)) < len(stored):
         raise ModelError("layers share one FFN output projection; expected one of its own in each layer")
     _prove(probe, modules, found)
@@ -79,7 +79,9 @@ def _place(probe: Probe, block: _Block, name: str) -> Place:
     if part in probe.routed:
         return probe.routed[part].place
     path = f"{block.where}.{name}"
-    return Place(part, path, (Stack(part, "weight", f"{path}.weight", isinstance(part, Conv1D)),))
+    return Place(
+        part, path, (Stack(part, "weight", f"{path}.weight", isinstance(part, Conv1D), probe.owners.get(part)),)
+    )
 
 
 def _block(probe: Probe, where: str, module: nn.Module) -> _Block:

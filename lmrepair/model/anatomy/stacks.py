@@ -14,6 +14,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lmrepair.model.anatomy.shards import held, here, joined, still, whole
@@ -24,13 +25,14 @@ class Stack:
     """A parameter that holds neurons: one matrix, or one for each of E experts.
 
     Stored [d, m] or [E, d, m], or with ``rows`` (a neuron is a row) [m, d] or [E, m, d]. ``name`` is that of
-    the parameter in the model.
+    the parameter in the model; ``owner`` puts its shards together for passes, where these do not run as they are.
     """
 
     module: nn.Module
     attribute: str
     name: str
     rows: bool
+    owner: FSDPModule | None = None
 
     @property
     def stored(self) -> Tensor:
@@ -44,12 +46,24 @@ class Stack:
 
     @property
     def local(self) -> Tensor:
-        """What of the parameter lies on this rank."""
+        """What of the parameter lies on this rank; while its block runs, what is run."""
         return here(self.stored)
+
+    @property
+    def at(self) -> int | str:
+        """Where that begins in memory; of nothing, the parameter's name."""
+        return self.local.data_ptr() or self.name
+
+    @property
+    def resting(self) -> Tensor:
+        """The parameter as it lies between passes: what is written elsewhere is lost with the next one."""
+        if self.owner is not None:
+            self.owner.reshard()
+        return self.stored
 
     def put(self, expert: int, columns: Tensor, values: Tensor) -> None:
         """Set neurons of one expert to values [k, d]; of shards, each rank sets what it holds."""
-        part = self._turned(self.local)
+        part = self._turned(here(self.resting))
         if self.held is not None:
             experts, neurons, places = self.held
             if expert not in experts:
@@ -66,11 +80,12 @@ class Stack:
     @cached_property
     def held(self) -> tuple[Tensor, ...] | None:
         """Which experts, neurons and numbers of these a rank holds, where not all are on every rank."""
-        if self.stored.dim() == 3:
-            parts = tuple(held(self.stored, dim) for dim in range(3))
+        stored = self.resting
+        if stored.dim() == 3:
+            parts = tuple(held(stored, dim) for dim in range(3))
         else:
-            parts = (torch.zeros(1, dtype=torch.long), *(held(self.stored, dim) for dim in range(2)))
-        return (parts if self.rows else (parts[0], parts[2], parts[1])) if isinstance(self.stored, DTensor) else None
+            parts = (torch.zeros(1, dtype=torch.long), *(held(stored, dim) for dim in range(2)))
+        return (parts if self.rows else (parts[0], parts[2], parts[1])) if isinstance(stored, DTensor) else None
 
     def joined(self, part: Tensor, dim: int) -> Tensor:
         """Values one a neuron along ``dim``, from what each rank has of them."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmrepair.errors import LmrepairError, ModelError
-from lmrepair.model.loading.cutting import cut
+from lmrepair.model.loading.cutting import cut, refuse_uncut
 
 FAULTS = (
     OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -44,6 +44,8 @@ def read_checkpoint(
         plan = cut(source, config, shards) if shards else None
         own = {"quantization_config": quantised, "distributed_config": plan}
         model, unread = _model(source, config, dtype, {**shared, **own})
+        if plan is not None and shards == "fsdp":
+            refuse_uncut(source, model, plan)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **shared)
     return model, tokenizer, unread
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from lmrepair.errors import ModelError, UsageError, nearest
 
-SHARDS = ("tensor", "experts")
+SHARDS = ("tensor", "experts", "fsdp")
 PATIENCE = timedelta(minutes=10)  # that a rank waits for the others before it gives up
 
 
@@ -40,7 +42,8 @@ def ranks(patience: timedelta = PATIENCE) -> Iterator[int]:
 
 
 def cut(source: str, config: Any, shards: str) -> DistributedConfig:
-    """How a model is cut for the ranks there are: "tensor", or "experts" where these stay whole and are dealt out.
+    """How a model is cut for the ranks there are: "tensor", "experts" where these stay whole and are dealt out, or
+    "fsdp": each weight by its first dimension, to be put together where its block runs.
 
     Raises UsageError outside of ``ranks``, ModelError for what cannot be cut evenly or has no plan for it.
     """
@@ -49,6 +52,8 @@ def cut(source: str, config: Any, shards: str) -> DistributedConfig:
     if not distributed.is_initialized():
         raise UsageError(f"shards {shards!r} need the ranks that torchrun starts; load inside of lmrepair.ranks()")
     size, text = distributed.get_world_size(), config.get_text_config()
+    if shards == "fsdp":
+        return DistributedConfig(fsdp_size=size)  # of any number of ranks, unevenly if need be
     heads = text.num_attention_heads
     counts = {
         "attention heads": heads,
@@ -75,3 +80,14 @@ def cut(source: str, config: Any, shards: str) -> DistributedConfig:
             )
     extra: dict[str, Any] = {"ep_size": size, "ep_implementation": "all_reduce"} if shards == "experts" else {}
     return DistributedConfig(tp_size=size, tp_plan="auto", **extra)
+
+
+def refuse_uncut(source: str, model: nn.Module, plan: DistributedConfig) -> None:
+    """Raise ModelError for blocks that are not put together one by one: transformers' plan calls them otherwise."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    if plan.dp_size > 1 and not any(isinstance(block, FSDPModule) for blocks in lists for block in blocks):
+        raise ModelError(
+            f'{source}: cannot be cut into shards "fsdp" (transformers has no plan for its blocks, so that every rank '
+            "would put the whole model together at once); load it whole, or wrap its blocks with fully_shard and hand "
+            "the model over"
+        )

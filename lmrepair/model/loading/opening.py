@@ -41,7 +41,7 @@ def load(
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``device``: cpu, cuda,
     cuda:1, …, or auto (cuda where there is one). Weights come from safetensors or GGUF only, and no code of
     the model's own runs without ``trust_remote_code``. ``shards``: cut for the ranks of ``ranks``, on the devices
-    that these have; "tensor", or "experts" for a mixture. Raises ModelError for a model that cannot be loaded
+    that these have; "tensor", "experts" for a mixture, or "fsdp". Raises ModelError for a model that cannot be loaded
     whole or placed, UsageError for an unknown dtype or device.
     """
     where = _device(device)
