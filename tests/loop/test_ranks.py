@@ -52,7 +52,7 @@ def off_by(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-@pytest.mark.parametrize("kinds", [("tensor",), ("fsdp", *ranked.WRAPPED)])
+@pytest.mark.parametrize("kinds", [("tensor",), ("fsdp", *ranked.WRAPPED)], ids=lambda kinds: kinds[0])
 def test_two_ranks_solve_for_the_change_of_one_process(kinds: tuple[str, ...], tmp_path: Path) -> None:
     folder, output = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny"), tmp_path / "deltas"
     on_two_ranks(tmp_path / "statistics", "deltas", folder, output, *kinds)
