@@ -34,6 +34,8 @@ def owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
 
 def around(model: Any, blocks: Sequence[nn.Module], found: Owners) -> tuple[FSDPModule, ...]:
     """The owners of what lies around a model's blocks, the embeddings aside: norm and head."""
+    if not found:
+        return ()
     apart = {part for block in blocks for part in block.modules()} | {model.get_input_embeddings()}
     return tuple(dict.fromkeys(owner for part, owner in found.items() if part not in apart))
 
