@@ -158,6 +158,11 @@ BAD = {
     "too long": (b'{"prompt": "a", "target": "' + b"x = 1; " * 3000 + b'"}\n', [], "the model's context is"),
     "unknown method": (b'{"prompt": "a", "target": "b"}\n', ["--method", "start"], "did you mean 'star'?"),
     "unknown option": (b'{"prompt": "a", "target": "b"}\n', ["--lerning-rate", "1"], "--learning-rate"),
+    "argument as an option": (
+        b'{"prompt": "a", "target": "b"}\n',
+        ["--failures", "a.jsonl"],
+        "--failures is no option but an argument: repair FAILURES …",
+    ),
     "unknown preset": (b'{"prompt": "a", "target": "b"}\n', ["--preset", "papr"], "did you mean 'paper'?"),
     "bad value": (b'{"prompt": "a", "target": "b"}\n', ["--epochs", "many"], "--epochs"),
     "bad share": (b'{"prompt": "a", "target": "b"}\n', ["--share", "2"], "share '2' is out of range"),

@@ -97,7 +97,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, LmrepairError):
         return BAD, str(error)
     if isinstance(error, typer.TyperException):
-        text = getattr(error, "format_message", error.__str__)()
+        text = _meant_as_argument(error) or getattr(error, "format_message", error.__str__)()
         return BAD, f"{text} (see lmrepair --help)" if text else ""  # without arguments the help was printed
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename is not None else ""
@@ -110,6 +110,17 @@ def verdict(error: BaseException) -> tuple[int, str]:
         f"a fault of lmrepair's own, {type(error).__name__}{place}: {_words(error)}; {AS_IT_WAS}; "
         "lmrepair --debug COMMAND … shows where: please report it"
     )
+
+
+def _meant_as_argument(error: BaseException) -> str:
+    """What to say where an unknown option is the name of one of the command's arguments; else nothing."""
+    option, context = getattr(error, "option_name", ""), getattr(error, "ctx", None)
+    if not option or context is None:
+        return ""
+    arguments = [str(one.name) for one in context.command.params if one.param_type_name == "argument"]
+    if option.lstrip("-").replace("-", "_") not in arguments:
+        return ""
+    return f"{option} is no option but an argument: {context.info_name} {' '.join(arguments).upper()} …"
 
 
 def memory_ran_out(error: BaseException) -> BaseException | None:
