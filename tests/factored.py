@@ -1,9 +1,11 @@
-"""Patches for tests of what is done with patches: made up, without a repair; and as factors of whole layers."""
+"""For tests of patches: made up ones, without a repair, or as factors of whole layers; and digests of folders."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -49,3 +51,9 @@ def answering(net: Net, patch: Patch) -> Patch:
         replace(item, tokens=replace(item.tokens, target=text), repaired=text != before) for item, before, text in found
     ]
     return replace(patch, items=tuple(item for item in items if item.tokens.target))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files below a folder, hidden ones too, by name and in its order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

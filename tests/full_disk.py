@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import resource
 import signal
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from factored import factored, made_up
+from factored import digests, factored, made_up
 from oracle_models import FAILURES
 
 from lmrepair import LmrepairError, Net
@@ -21,12 +20,6 @@ from lmrepair.patch import Modules, Writing, exact, rewrite, save_gguf, save_mod
 
 COPY = Writing(link=False, force=True)
 LOWEST = 8  # limits of so many bytes are tried first
-
-
-def state(folder: Path) -> dict[str, str]:
-    """Digests of all files below a folder, hidden ones too."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @contextmanager
@@ -81,20 +74,20 @@ def tried_full(writes: Writes, limits: int, chance: random.Random) -> Counter[st
 
     Raises AssertionError where something that was refused is not as it was, or something cut was left as written.
     """
-    before = state(writes.folder)
+    before = digests(writes.folder)
     kept = {path: path.read_bytes() for path in writes.folder.rglob("*") if path.is_file()}
     with quietly():
         writes.start()
-    whole = state(writes.folder)
+    whole = digests(writes.folder)
     largest = max(path.stat().st_size for path in writes.folder.rglob("*") if path.is_file())
     found: Counter[str] = Counter()
     for at in range(limits):
         restore(writes.folder, kept)
-        assert state(writes.folder) == before
+        assert digests(writes.folder) == before
         size = at if at < LOWEST else chance.randrange(largest)
         said = refusal(writes, size)
         wanted = before if said else whole  # where all that is written anew is below the limit
-        assert state(writes.folder) == wanted, f"{size} bytes, and not as it should be: {said or 'written'}"
+        assert digests(writes.folder) == wanted, f"{size} bytes, and not as it should be: {said or 'written'}"
         assert "\n" not in said
         found["refused" if said else "written"] += 1
     restore(writes.folder, kept)

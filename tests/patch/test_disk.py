@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from pathlib import Path
 import oracle_models
 import pytest
 import torch
-from factored import factored, made_up
+from factored import digests, factored, made_up
 from full_disk import LOWEST, all_writes, tried_full
 from oracle_models import FAILURES, same_bits, tensors
 from safetensors import safe_open
@@ -72,11 +71,6 @@ def checkpoint(
     patch = folder.parent / "patch.safetensors"
     patch.write_bytes(raw)
     return folder, Patch.load(patch)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize(("kind", "dtype", "how"), KINDS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import mixtures
 import pytest
-from factored import factored, made_up
+from factored import digests, factored, made_up
 from oracle_models import FAILURES, State
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,10 +20,6 @@ def patched(family: str, how: str = "neurons", seed: int = 0) -> tuple[Net, Patc
     net = mixtures.net(family)
     patch = made_up(net, FAILURES[:2], seed)
     return net, factored(net, patch) if how == "factors" else patch
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 # Mixtral's experts are saved one by one, GPT-OSS's in stacks; a dense layer stands beside a mixture in GLM 4.

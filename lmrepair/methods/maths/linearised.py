@@ -168,29 +168,25 @@ class Linearised:
     def changes(self, weights: Tensor) -> dict[int, Tensor]:
         """Layer → the change [k, d] (with spans [r, d]) that weights [n] of the linearised margins stand for."""
         found: dict[int, Tensor] = {}
-        shares = self._shares(weights)
         for layer in self.layers:
-            white = self._white(layer, self._mixed(layer, shares))
+            white = self._white(layer, self._mixed(layer, weights))
             near = torch.cat([item.inputs[layer] for item in self.items])
             found[layer] = near.T @ white
         return found
 
     def used(self, factors: Sequence[Factors], weights: Tensor) -> dict[int, Used]:
         """What the change of ``weights`` uses; ``factors`` are the items as they were read."""
-        shares = self._shares(weights)
         found = {}
         for layer in self.layers:
             near = torch.cat([item.inputs[layer] for item in self.items])
             seen = torch.cat([self.seen(layer, item.inputs[layer]) for item in factors]) @ near.T
-            mixed = self._mixed(layer, shares)
+            mixed = self._mixed(layer, weights)
             found[layer] = Used(near, seen, mixed, self._white(layer, mixed))
         return found
 
-    def _shares(self, weights: Tensor) -> list[Tensor]:
-        return list(weights.split([len(item.rows) for item in self.items]))
-
-    def _mixed(self, layer: int, shares: Sequence[Tensor]) -> Tensor:
+    def _mixed(self, layer: int, weights: Tensor) -> Tensor:
         """Slopes of all items' positions [T, d], summed with the weights of their margins."""
+        shares = weights.split([len(item.rows) for item in self.items])
         mixes = [
             torch.einsum("s,std->td", share, item.slopes[layer]) for share, item in zip(shares, self.items, strict=True)
         ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmrepair.errors import ModelError, UsageError, WrongModelError, nearest
 from lmrepair.failures import flush
 from lmrepair.model import LowRank, open_gguf
+from lmrepair.patch.disk import said_in_one_line
 from lmrepair.patch.patch import Patch
 from lmrepair.patch.serving.factors import Factors, refuse_experts
 
@@ -109,37 +110,32 @@ def save_gguf(factors: Factors, architecture: str, output: Path, force: bool = F
     gguf = gguf_package()
     if output.is_dir() or (output.exists() and not force):
         raise UsageError(f"{output} exists already; expected a file that is not there yet (--force replaces it)")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written ({error.strerror})") from error
-    os.close(handle)
     tensors = {}
     for layer, (a, b) in sorted(factors.layers.items()):
         tensors[f"{name_of(layer)}.lora_a"] = a.contiguous()
         # llama.cpp multiplies by alpha / the layer's rank
         tensors[f"{name_of(layer)}.lora_b"] = (b * (len(a) / factors.rank)).contiguous()
-    try:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(factors.rank))
-        for name, values in tensors.items():
-            writer.add_tensor(name, values.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        _refuse_cut(Path(temporary), tensors)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise UsageError(f"{output} cannot be written ({error.strerror or error}); nothing was") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with said_in_one_line(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+        os.close(handle)
+        try:
+            writer = gguf.GGUFWriter(temporary, architecture)
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", float(factors.rank))
+            for name, values in tensors.items():
+                writer.add_tensor(name, values.numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            _refuse_cut(Path(temporary), tensors)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, output)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def _refuse_cut(path: Path, tensors: Mapping[str, Tensor]) -> None:
