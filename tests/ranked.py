@@ -1,15 +1,14 @@
-"""What torchrun starts in tests. What takes too long says where it stands, and ends.
-
-ranked.py example ...                    the example of shards, with its arguments
-ranked.py deltas FOLDER OUTPUT KIND...   repairs of the first failure by METHODS, in the folder's dtype: the change of
-                                         each layer. KIND: shards that the folder is loaded in, or one of WRAPPED
+"""Work for several ranks in tests, each a fork of the test's process: to import torch and transformers anew for each
+takes longer than all of it. What takes too long says where it stands, and ends.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import runpy
-import sys
+import os
+import socket
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 
 import lmrepair
 from lmrepair.errors import NotFiniteError
-from lmrepair.failures import read_kinds
 from lmrepair.model import fingerprint
 from lmrepair.model.anatomy import here
 
+PATIENCE = 300  # seconds, on a machine that does much else
 METHODS: dict[str, lmrepair.Method] = {
     "minkl": lmrepair.MinKl(),
     "star": oracle_models.bold_star(learning_rate=0.1, epochs=200, share="1"),
@@ -45,13 +44,16 @@ def at_once() -> Any:
     return fully_shard(oracle_models.model().requires_grad_(True).train())
 
 
+OWN = 24  # texts that a model writes for its statistics here
 WRAPPED = {"by blocks": by_blocks, "at once": at_once}
 
 
 def repaired(net: lmrepair.Net, name: str) -> lmrepair.Patch:
     """The patch of the first failure, which is taken back, applied, and taken back."""
-    gate = lmrepair.Gate(float("inf"), tuple(read_kinds()))
-    made = lmrepair.repair(net, oracle_models.FAILURES[:1], METHODS[name], gate=gate)
+    method, gate = METHODS[name], lmrepair.Gate(float("inf"), (oracle_models.TEXT,))
+    asked = method.asks()
+    known = None if asked is None else lmrepair.statistics_of(net, asked, own=OWN)
+    made = lmrepair.repair(net, oracle_models.FAILURES[:1], method, oracle_models.TEXT, statistics=known, gate=gate)
     assert made.patch is not None
     assert made.repaired == 1
     made.patch.revert(net)
@@ -71,22 +73,25 @@ def break_off(net: lmrepair.Net) -> None:
     place.put(columns, kept)
 
 
-def deltas(folder: str, output: str, *kinds: str) -> None:
-    """Repair on all ranks; the first writes the changes, the others nothing."""
+def deltas(folder: Path, output: Path, *kinds: str) -> None:
+    """Repairs of the first failure by METHODS on all ranks, in the folder's dtype; the first rank writes the change of
+    each layer, the others nothing. A kind is shards that the model of that name in the folder is loaded in, or one of
+    WRAPPED.
+    """
     found, bodies = {}, {}
     with lmrepair.ranks() as rank:
         for kind in kinds:
             if kind in WRAPPED:
                 net = lmrepair.load(WRAPPED[kind](), oracle_models.tokenizer())
             else:
-                net = lmrepair.load(folder, shards=kind)
+                net = lmrepair.load(str(folder / kind), shards=kind)
             assert sum(here(one).numel() for one in net.model.parameters()) < 0.7 * sum(
                 one.numel() for one in net.model.parameters()
             )
             before = fingerprint(net, {})
             break_off(net)
             assert fingerprint(net, {}) == before
-            for name in METHODS if kind not in WRAPPED else ("minkl",):
+            for name in METHODS if kind in ("tensor", "fsdp") else ("minkl",):
                 patch = repaired(net, name)
                 assert fingerprint(net, {}) == before
                 bodies[kind] = patch.fingerprint.body
@@ -95,10 +100,35 @@ def deltas(folder: str, output: str, *kinds: str) -> None:
             save_file(found, output, bodies)
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(300, exit=True)
-    kind = sys.argv.pop(1)
-    if kind == "deltas":
-        deltas(*sys.argv[1:])
-    else:
-        runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "shards.py"), run_name="__main__")
+def on_ranks(size: int, cache: Path, said: Path, work: Callable[..., object], *arguments: object) -> None:
+    """Call ``work`` on so many ranks, as torchrun would; all have to come back. What they write goes to ``said``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    forks = []
+    for rank in range(size):
+        forks.append(os.fork())
+        if not forks[-1]:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMREPAIR_CACHE": str(cache)}
+            os.environ.update(group | own)
+            _as_a_rank(said, work, arguments)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
+    assert codes == [0] * size, said.read_text(encoding="utf-8")
+
+
+def _as_a_rank(said: Path, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Do the work and end, without what the test's process would do at its end; all that is said goes to a file."""
+    code = 1
+    with said.open("a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=file)
+        try:
+            work(*arguments)
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc(file=file)
+                file.flush()
+            os._exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +25,8 @@ from lmrepair.model import fingerprint
 from lmrepair.model.loading.cutting import cut
 from lmrepair.model.statistics.cache import cache_folder
 
-WORKER = Path(__file__).resolve().parents[1] / "ranked.py"
-PATIENCE = 600  # seconds, on a machine that does much else; the workers' own is shorter
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "shards.py"
+PATIENCE = 600  # seconds, on a machine that does much else; the ranks' own is shorter
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -36,12 +35,11 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
-def on_two_ranks(cache: Path, *arguments: object) -> str:
-    """Have torchrun start two workers; what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    environment = {**os.environ, "LMREPAIR_CACHE": str(cache)}
+def under_torchrun(*arguments: object) -> str:
+    """Have torchrun start the example on two ranks; what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
     done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -52,56 +50,56 @@ def off_by(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-@pytest.mark.parametrize("kinds", [("tensor",), ("fsdp", *ranked.WRAPPED)], ids=lambda kinds: kinds[0])
+@pytest.mark.parametrize("kinds", [("tensor", "experts"), ("fsdp", *ranked.WRAPPED)], ids=lambda kinds: kinds[0])
 def test_two_ranks_solve_for_the_change_of_one_process(kinds: tuple[str, ...], tmp_path: Path) -> None:
-    folder, output = saved(oracle_models.model(dtype=torch.float64), tmp_path / "tiny"), tmp_path / "deltas"
-    on_two_ranks(tmp_path / "statistics", "deltas", folder, output, *kinds)
+    folder, output = tmp_path / "models", tmp_path / "deltas"
+    saved(mixtures.model("mixtral"), folder / "experts")
+    for kind in ("tensor", "fsdp"):
+        saved(oracle_models.model(dtype=torch.float64), folder / kind)
+    ranked.on_ranks(2, tmp_path / "statistics", tmp_path / "said", ranked.deltas, folder, output, *kinds)
     models = {"by blocks": mixtures.model("mixtral"), "at once": oracle_models.model()}
     found = load_file(output)
     for kind in kinds:
-        net = load(models[kind], tokenizer()) if kind in models else load(str(folder))
+        net = load(models[kind], tokenizer()) if kind in models else load(str(folder / kind))
         for name in {key.split()[-2] for key in found if key.startswith(kind)}:
             patch = ranked.repaired(net, name)
             for layer, change in patch.changes.items():
-                assert off_by(found.pop(f"{kind} {name} {layer}"), change.deltas) < 1e-5, (kind, name, layer)
+                # In float32 sums of two halves are rounded otherwise, and a solve makes more of it.
+                bound = 1e-4 if kind == "experts" else 1e-5
+                assert off_by(found.pop(f"{kind} {name} {layer}"), change.deltas) < bound, (kind, name, layer)
             with safe_open(output, "pt") as file:
                 assert file.metadata()[kind] == patch.fingerprint.body  # of the whole model, though no rank held it
     assert not found
 
 
-@pytest.mark.timeout(2 * PATIENCE)
-def test_experts_on_two_ranks_and_the_example(tmp_path: Path) -> None:
+def test_the_example_under_torchrun(tmp_path: Path) -> None:
     folder, rows, output = (
-        saved(mixtures.model("mixtral"), tmp_path / "tiny"),
+        saved(oracle_models.model(), tmp_path / "tiny"),
         tmp_path / "rows.jsonl",
         tmp_path / "fix",
     )
     failure = FAILURES[0]
     rows.write_text(json.dumps({"prompt": failure.prompt, "target": failure.target, "id": failure.id}) + "\n")
-    said = on_two_ranks(
-        tmp_path / "statistics", "example", rows, "--model", folder, "--output", output, "--shards", "experts",
-        "--max-kl", "inf",
-    )  # fmt: skip
-    theirs = Patch.load(output)
     net = load(str(folder))
     before = fingerprint(net, {})
     made = repair(net, FAILURES[:1], gate=Gate(float("inf"), tuple(read_kinds())))
     assert made.patch is not None
     made.patch.revert(net)
+    kept = set(cache_folder().iterdir())
+    said = under_torchrun(rows, "--model", folder, "--output", output, "--max-kl", "inf")
+    assert set(cache_folder().iterdir()) == kept  # statistics are found by the key of the whole
+    theirs = Patch.load(output)
     assert f"{failure.id} {len(made.outcomes[0].before)} → 0" in said
     assert "repaired 1 of 1" in said
     assert theirs.fingerprint == made.patch.fingerprint
     assert theirs.changes.keys() == made.patch.changes.keys()
     for layer, change in made.patch.changes.items():
         assert torch.equal(theirs.changes[layer].columns, change.columns)
-        # In float32 sums of two halves are rounded otherwise, and a solve makes more of it.
         assert off_by(theirs.changes[layer].deltas, change.deltas) < 1e-4
     theirs.apply(net)
     assert not any(item.mistakes for item in diagnose(net, net.tokenize(FAILURES[:1])))
     theirs.revert(net)
     assert fingerprint(net, {}) == before
-    kept = (tmp_path / "statistics").iterdir()
-    assert {path.name for path in kept} <= {path.name for path in cache_folder().iterdir()}  # by the key of the whole
 
 
 class World:
