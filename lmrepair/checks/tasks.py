@@ -183,7 +183,7 @@ def _own(row: Mapping[str, Any], identity: str, where: str) -> Task:
         if not fits or not messages:
             raise FailuresError(f"{where}: messages is not a list of {{role, content}} objects with texts")
     shell = check.removeprefix(SHELL) if check.startswith(SHELL) else ""
-    opened = not messages and prompt.rstrip().endswith((":", '"""', "'''"))
+    opened = not messages and _opens_body(prompt)
     prompt, lead = _broken(prompt)
     return Task(
         identity,
@@ -200,11 +200,15 @@ def _own(row: Mapping[str, Any], identity: str, where: str) -> Task:
     )
 
 
+def _opens_body(prompt: str) -> bool:
+    """Whether a function begins at a prompt's end, after its head or its docstring."""
+    return prompt.rstrip().endswith((":", '"""', "'''"))
+
+
 def _indented(row: Mapping[str, Any], lead: str) -> str:
     """The canonical solution as the prompt goes on: its first line indented where the prompt opens a body."""
     text = str(row.get("canonical_solution", ""))
-    opened = str(row.get("prompt", "")).rstrip().endswith((":", '"""', "'''"))
-    if opened and not text[:1].isspace() and not text.startswith(("def ", "import ", "from ")):
+    if _opens_body(str(row.get("prompt", ""))) and not text[:1].isspace() and not text.startswith(("def ", "import ", "from ")):
         text = "".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
     return lead + text if text else ""
 
