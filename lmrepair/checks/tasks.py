@@ -208,7 +208,11 @@ def _opens_body(prompt: str) -> bool:
 def _indented(row: Mapping[str, Any], lead: str) -> str:
     """The canonical solution as the prompt goes on: its first line indented where the prompt opens a body."""
     text = str(row.get("canonical_solution", ""))
-    if _opens_body(str(row.get("prompt", ""))) and not text[:1].isspace() and not text.startswith(("def ", "import ", "from ")):
+    if (
+        _opens_body(str(row.get("prompt", "")))
+        and not text[:1].isspace()
+        and not text.startswith(("def ", "import ", "from "))
+    ):
         text = "".join(f"    {line}" if line.strip() else line for line in text.splitlines(keepends=True))
     return lead + text if text else ""
 
