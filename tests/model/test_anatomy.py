@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.model.anatomy import find
@@ -147,6 +147,27 @@ def test_layers_that_share_a_projection_are_refused() -> None:
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
     with pytest.raises(ModelError, match="share one FFN output projection"):
         find(model)
+
+
+def test_the_head_works_only_where_it_is_asked_about() -> None:
+    """It may be most of a model: while blocks are asked it is left out, and it is as it was afterwards."""
+    model, runs = build(*PLACED["llama"][:2]), []
+    own = vars(model.lm_head)
+    find(model)
+    assert "forward" not in own
+    real = model.lm_head.forward
+
+    def counted(states: Tensor) -> Tensor:
+        runs.append(len(states))
+        made: Tensor = real(states)
+        return made
+
+    own["forward"] = counted
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    find(model)
+    assert own["forward"] is counted
+    assert 0 < len(runs) <= 3 < len(passes)
 
 
 def test_passes_do_not_grow_with_depth() -> None:
