@@ -69,10 +69,10 @@ def said(html: str) -> str:
 
 
 def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
-    html = fix_page(read_fixes([written(tmp_path / "one.json")]))
+    html = fix_page(read_fixes([written(tmp_path / "one.model.json")]))
     text = said(html)
     for part in (
-        "lmrepair fix: one", "2 before, 3 after, of 5; 1 broken", "2 of 2 in reach, 1 out of reach",
+        "lmrepair fix: one.model", "2 before, 3 after, of 5; 1 broken", "2 of 2 in reach, 1 out of reach",
         "1 own sample, 1 given solution; 16 samples taken", "KL 0.00123 nats per token, 98.77% of top tokens unchanged",
         "46,080 neurons, 31.3 MB", "own repaired", "given repaired", "kept passed before and after", "broken broken",
         "far out of reach", "✗ ValueError", "the model’s own sample at temperature 0.6, 3.2 nats; 2 passing among 8",

@@ -98,6 +98,30 @@ def test_only_the_patched_tensors_change_and_all_comes_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "patch.safetensors", "patched", "source"]
 
 
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_compared_whole_only_where_that_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source, patch = checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config |= {"model_type": "own", "auto_map": code, "architectures": ["OwnModel"]}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (source / "modeling_own.py").write_text(OWN_CODE, encoding="utf-8")
+    for trusted, compared in ((False, "every FFN output projection"), (True, "every weight")):
+        done = rewrite(source, patch, False, tmp_path / f"{trusted}", Writing(trust_remote_code=trusted))
+        assert done.compared == compared
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_in_place_is_the_same_and_leaves_nothing_beside(shards: int, tmp_path: Path) -> None:
     source, patch = checkpoint(tmp_path / "source")

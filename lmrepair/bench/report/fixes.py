@@ -103,7 +103,7 @@ def is_fix(path: Path) -> bool:
 
 def _read(path: Path) -> Fix:
     try:
-        return _fix(path.name.partition(".")[0], json.loads(path.read_bytes()))
+        return _fix(path.name.removesuffix(".json"), json.loads(path.read_bytes()))
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
