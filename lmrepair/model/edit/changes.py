@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmrepair.model.edit.products import Delta, Product, patched
+from lmrepair.model.edit.products import Delta, Product, added, patched
 from lmrepair.model.edit.sparse_integers import pack, unpack
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -135,7 +135,7 @@ class LowRank:
         return self.product.factors()
 
     def _back(self, now: Tensor) -> Tensor:
-        return self.product.to(now.device).dense().neg_().add_(now).float().to(now.dtype)
+        return added(self.product.to(now.device).dense().neg_(), now).float().to(now.dtype)
 
 
 Edit = Change | LowRank
