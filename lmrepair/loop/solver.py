@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +74,20 @@ def drawn_wordings(net: Net, paraphrases: bool, prefixes: int, seed: int = 0) ->
     return Wordings(paraphrases, tuple(text.rstrip() + "\n" for text in texts))
 
 
+@dataclass
+class _Looks:
+    """What was seen of all failures between problems: ``found`` at ``deltas``, the last state that was looked at;
+    ``kept`` the best of them, with how many failures were ``right`` then, and by the margin, and what was
+    ``preferred``.
+    """
+
+    kept: Mapping[int, Delta]
+    right: tuple[int, int] = (-1, -1)
+    preferred: Preference | None = None
+    found: Sequence[Diagnosis] = ()
+    deltas: Mapping[int, Delta] | None = None
+
+
 class Solver:
     """Runs a method's steps on a trial, in the mode the method asks for, and keeps count."""
 
@@ -96,6 +111,7 @@ class Solver:
         }
         self.start = self.deltas
         self.steps = 0
+        self.groups: list[list[Tokens]] = []  # the failures of each problem, in order
         self.stopped = ""  # why the steps were stopped, if they were destroying the model
         self._probe: Probe | None = None
         self.converged = False  # whether the last problem ended because nothing was left to do
@@ -106,48 +122,71 @@ class Solver:
         return self.preferred if self.preferred is not None else self.net.prefer(batches)
 
     def solve(self, batches: Sequence[Batch], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
-        """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``."""
-        if _one_problem(self.method, len(found)):
+        """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``.
+
+        What is too much for one problem is solved group by group, in turn, in as many rounds as it takes.
+        """
+        self.groups = self.groups or self.method.groups(self.net, [item.tokens for item in found], self.sites)
+        if len(self.groups) == 1 and self.method.mode != "iterative":
             self._run(batches, first=first)
             return
-        work: Callable[[Tokens], None] = self._iterate if self.method.mode == "iterative" else self._one
-        best, kept, preferred = -1, self.deltas, None
-        for _ in range(self.method.rounds if self.method.early else 1):
+        if self.method.mode == "multi-failure":
+            self.method = replace(self.method, mode="batch")
+        work: Callable[[Sequence[Tokens]], None] = self._iterate if self.method.mode == "iterative" else self._one
+        looks = _Looks(self.deltas)
+        for turn in range(self.method.rounds if self.method.early else 1):
             start = self.deltas
             try:
-                for number, item in enumerate(found):
-                    self.progress("failures", number, len(found))
-                    if item.mistakes and not self.stopped:
-                        work(item.tokens)
-                self.preferred = self.net.prefer(batches)
+                for _ in self._round(found, work):
+                    # In the first round most are still to come; later one group's turn may be all that it takes.
+                    if turn and self._all_right(batches, looks):
+                        return
+                if self.deltas is not looks.deltas and self._all_right(batches, looks):
+                    return
             except NotFiniteError:
                 if self.deltas is start:
                     raise
                 self._undo(start, NO_NUMBER)  # one failure's steps can do that to another one's prompt
                 break
-            found = diagnoses(batches, self.preferred, self.method.margin)
-            right = sum(not item.mistakes for item in found)
-            if right > best:
-                best, kept, preferred = right, self.deltas, self.preferred
-            self.converged = self.method.early and right == len(found)
-            if self.converged:
-                return
+            found = looks.found
             if self.stopped or self.deltas is start:  # another round would do the same again
                 break
-        self._move(kept)
-        self.preferred = preferred
+        self._move(looks.kept)
+        self.preferred = looks.preferred
+
+    def _round(self, found: Sequence[Diagnosis], work: Callable[[Sequence[Tokens]], None]) -> Iterator[None]:
+        """Work on each group that has mistakes; stops after each."""
+        left = iter(found)
+        for number, group in enumerate(self.groups):
+            self.progress("failures", number, len(self.groups))
+            mine = list(islice(left, len(group)))
+            if any(item.mistakes for item in mine) and not self.stopped:
+                work(group)
+                yield
+
+    def _all_right(self, batches: Sequence[Batch], looks: _Looks) -> bool:
+        """Read all failures anew; whether there is nothing left to do."""
+        self.preferred = self.net.prefer(batches)
+        looks.found, looks.deltas = diagnoses(batches, self.preferred, self.method.margin), self.deltas
+        safe = sum(not item.mistakes for item in looks.found)
+        right = _right(batches, self.preferred), safe
+        if right > looks.right:
+            looks.right, looks.kept, looks.preferred = right, self.deltas, self.preferred
+        self.converged = self.method.early and safe == len(looks.found)
+        return self.converged
 
     def _move(self, deltas: Mapping[int, Delta]) -> None:
         """Write what is another change than before."""
         self.trial.write({layer: delta for layer, delta in deltas.items() if delta is not self.deltas.get(layer)})
         self.deltas = deltas
 
-    def _one(self, tokens: Tokens) -> None:
-        self._run(self.net.batches([tokens]))
+    def _one(self, group: Sequence[Tokens]) -> None:
+        self._run(self.net.batches(group))
 
-    def _iterate(self, tokens: Tokens) -> None:
+    def _iterate(self, group: Sequence[Tokens]) -> None:
         """One mistake after another, in the order of the target."""
-        batches = self.net.batches([tokens])
+        (tokens,) = group
+        batches = self.net.batches(group)
         position, memory = 0, None
         while position < len(tokens.target) and not self.stopped:
             (found,) = diagnoses(batches, self.net.prefer(batches), self.method.margin)
@@ -271,9 +310,11 @@ class Solver:
 
 def say_memory(net: Net, method: Method, tokens: Sequence[Tokens], sites: Sites, progress: Progress) -> None:
     """Report how much a solve may keep at most, where that is much, before it starts."""
-    needed = method.memory(net, tokens, sites)
+    needed = method.needed(net, tokens, sites)
     if needed >= WORTH_SAYING:
-        progress(f"gradients: at most {needed / 1e9:.1f} GB", 0, 1)
+        groups = len(method.groups(net, tokens, sites)) if method.mode == "multi-failure" else 1
+        turns = f", in {groups} groups of failures, one after another" if groups > 1 else ""
+        progress(f"gradients: at most {needed / 1e9:.1f} GB{turns}", 0, 1)
 
 
 def first_reading(net: Net, method: Method, batches: Sequence[Batch], progress: Progress) -> Reading | None:
@@ -282,15 +323,11 @@ def first_reading(net: Net, method: Method, batches: Sequence[Batch], progress: 
     None where the method has to know the mistakes first, or looks at them one by one.
     """
     tokens = [item for batch in batches for item in batch.tokens]
-    sites = method.fixed_sites(net) if _one_problem(method, len(tokens)) else None
-    if sites is None:
+    sites = method.fixed_sites(net) if method.mode != "iterative" else None
+    if sites is None or len(method.groups(net, tokens, sites)) > 1:
         return None
     say_memory(net, method, tokens, sites, progress)
     return method.read(net, batches, sites, None, _margin(method))
-
-
-def _one_problem(method: Method, failures: int) -> bool:
-    return method.mode == "multi-failure" or failures == 1 and method.mode == "batch"
 
 
 def _margin(method: Method) -> float | None:

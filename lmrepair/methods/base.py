@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
+ROOM = 1 << 32  # bytes that a solve of several failures may keep, or ROOMS times what the model takes; beyond, groups
+ROOMS = 4
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,28 @@ class Method(ABC):
     def memory(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:  # noqa: ARG002
         """Bytes that a solve for these failures may keep at most, where that grows with their number; else 0."""
         return 0
+
+    def groups(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> list[list[Tokens]]:
+        """The failures that are one problem each, in order.
+
+        Solved together, all are, where that keeps no more than ROOM bytes (or ROOMS times the model's); else as many
+        as that holds, one group after another: it is by what is asked, not by what is free, so that a patch is the
+        same on another day.
+        """
+        if self.mode != "multi-failure":
+            return [[item] for item in tokens]
+        most = max(ROOM, ROOMS * net.bytes)
+        found: list[list[Tokens]] = []
+        for item in tokens:
+            if found and self.memory(net, [*found[-1], item], sites) <= most:
+                found[-1].append(item)
+            else:
+                found.append([item])
+        return found
+
+    def needed(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> int:
+        """Bytes that the largest group keeps at most."""
+        return max((self.memory(net, group, sites) for group in self.groups(net, tokens, sites)), default=0)
 
     @abstractmethod
     def solve(self, problem: Problem) -> Step:

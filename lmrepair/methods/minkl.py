@@ -156,7 +156,10 @@ class MinKl(Targeted):
         failures = sum(len(batch.tokens) for batch in problem.batches)
         rank = self.rank * failures
         whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
-        return rank if rank < whole / 2 else 0, int(SHARED * net.bytes / 2) * failures
+        # Solved in turn, what was solved before keeps its directions.
+        held = max((getattr(delta, "rank", 0) for delta in problem.deltas.values()), default=0)
+        there = rank + held if self.mode == "batch" else rank
+        return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2) * failures
 
     def _last_layer(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Step:
         """All steps at once for the last layer, without running the model."""

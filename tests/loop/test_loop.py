@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from oracle_models import FAILURES, TEXT, State, bold_star
 
-from lmrepair import Failure, FailuresError, Method, Net, Sgd, Star, diagnose, load, read_failures, repair
+from lmrepair import Failure, FailuresError, Method, MinKl, Net, Sgd, Star, diagnose, load, read_failures, repair
 from lmrepair.failures import kindred
 from lmrepair.failures.forms import Template
 from lmrepair.failures.tokens import Tokens
 from lmrepair.loop import loop, solver
 from lmrepair.loop.loop import repair_each
-from lmrepair.methods import DEFAULT, method_named
+from lmrepair.methods import DEFAULT, base, method_named
 from lmrepair.methods.base import Problem, Step
 from lmrepair.model import Statistics, statistics_of
 from lmrepair.patch.patch import Patch
@@ -41,6 +41,52 @@ def test_together(kind: str, dtype: torch.dtype) -> None:
     assert result.drift is not None
     assert result.patch.made.drift["kl"] == result.drift.kl > 0
     assert result.cost.steps > 0 < result.cost.forward_equivalents
+
+
+@pytest.mark.parametrize("kind", oracle_models.KINDS)
+def test_what_is_too_much_for_one_problem_is_solved_in_groups(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, method = oracle_models.net(kind), MinKl(max_probe_kl=float("inf"))
+    failures = [FAILURES[0], FAILURES[2], Failure("name the largest of", " max(a)", "max")]
+    before, tokens, sites = State.of(net), net.tokenize(failures), net.every_site()
+    assert method.groups(net, tokens, sites) == [tokens]
+    assert method.needed(net, tokens, sites) == method.memory(net, tokens, sites)
+    assert replace(method, mode="batch").groups(net, tokens, sites) == [[item] for item in tokens]
+    # What the first, which is the longest, takes is enough for the two others.
+    room = max(method.memory(net, [item], sites) for item in tokens)
+    monkeypatch.setattr(base, "ROOM", room)
+    monkeypatch.setattr(base, "ROOMS", 0)
+    groups = method.groups(net, tokens, sites)
+    assert [item for group in groups for item in group] == tokens
+    assert [len(group) for group in groups] == [1, 2]
+    assert method.needed(net, tokens, sites) == room
+    monkeypatch.setattr(base, "ROOM", 1)
+    assert method.groups(net, tokens, sites) == [[item] for item in tokens]
+    assert method.needed(net, tokens, sites) == room
+    monkeypatch.setattr(base, "ROOM", room)
+
+    solved: list[list[str]] = []
+    said: list[str] = []
+    real = MinKl.solve
+
+    def solve(self: MinKl, problem: Problem) -> Step:
+        solved.append([item.id for batch in problem.batches for item in batch.tokens])
+        assert self.margin == method.margin
+        return real(self, problem)
+
+    monkeypatch.setattr(MinKl, "solve", solve)
+    monkeypatch.setattr(solver, "WORTH_SAYING", 0)
+    known = oracle_models.statistics(net, method)
+    result = repair(net, failures, method, TEXT, lambda stage, *_: said.append(stage), statistics=known)
+    assert result.repaired == result.failing == len(failures)
+    names = [[item.id for item in group] for group in groups]
+    assert list(map(list, dict.fromkeys(map(tuple, solved)))) == names  # first each in its turn, then what broke
+    assert all(group in names for group in solved)
+    assert sum("in 2 groups of failures, one after another" in stage for stage in said) == 1
+    assert result.method == method
+    assert result.patch is not None
+    assert result.patch.made.settings["mode"] == "multi-failure"
+    result.patch.revert(net)
+    assert not before.changed(net)
 
 
 @pytest.mark.parametrize(("name", "reads"), [("minkl", True), ("memit", False), ("star", None)])

@@ -83,7 +83,7 @@ def _need(net: Net, tokens: Sequence[Tokens], method: Method) -> int:
     read = min(AT_ONCE, len(tokens) * max(len(item.ids) for item in tokens))
     targets = min(read, sum(len(item.target) for item in tokens))
     one_pass = read * 4 * (4 * wide + 16 * deep) + targets * net.anatomy.vocabulary * 12
-    return int(SPARE * method.memory(net, tokens, sites)) + written + one_pass
+    return int(SPARE * method.needed(net, tokens, sites)) + written + one_pass
 
 
 def _numbers(folder: Path) -> int:
