@@ -31,9 +31,9 @@ from lmrepair.methods import method_named
 from lmrepair.methods.base import Method
 from lmrepair.model.edit import Projections
 from lmrepair.model.loading import load
-from lmrepair.model.moments import Statistics
 from lmrepair.model.net import Net
 from lmrepair.model.statistics import statistics_of
+from lmrepair.model.statistics.moments import Statistics
 from lmrepair.patch.patch import Patch
 
 ROWS = 48  # dev rows a task that drift is measured on

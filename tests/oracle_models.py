@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lmrepair import Failure, Method, Net, Reference, Star
 from lmrepair.failures.tokens import Tokens
-from lmrepair.model.moments import Asked, Statistics
 from lmrepair.model.statistics import gather
+from lmrepair.model.statistics.moments import Asked, Statistics
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 HIDDEN, WIDTH, LAYERS = 32, 48, 3

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lmrepair.checks.tasks import Task
-from lmrepair.checks.writing import Choose, Prompt, write
 from lmrepair.errors import FailuresError
 from lmrepair.failures import prompt_ids
 from lmrepair.measure import decoder
-from lmrepair.model import Net, settled
+from lmrepair.model import Choose, Net, Prompt, settled, write
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lmrepair.diagnosis import Diagnosis, diagnoses
 from lmrepair.failures import Failure, Tokens
-from lmrepair.model import Batch, Net, Preference, settled
+from lmrepair.model import Batch, Net, Preference, greedy, settled
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ class Case:
         """The diagnosis, and whether greedy decoding gives each target (False, untried, after a mistake)."""
         with settled(self.net.model):
             found = self.diagnose(known)
-            made = iter(self.net.generate([item.tokens for item in found if not item.mistakes]))
+            made = iter(greedy(self.net, [item.tokens for item in found if not item.mistakes], until_wrong=True))
             return found, [not item.mistakes and next(made) == item.tokens.target for item in found]

@@ -15,7 +15,7 @@ from lmrepair.errors import FailuresError, NotFiniteError, WrongModelError
 from lmrepair.failures import Protected, Reference, Tokens, prompt_ids, read_kinds
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.untouched import Measured, Untouched
-from lmrepair.model import Delta, Edit, Net, Product, Sites, Trial, fingerprint, settled
+from lmrepair.model import Delta, Edit, Net, Product, Sites, Trial, fingerprint, greedy, settled
 from lmrepair.patch import Patch
 
 RESOLUTION = 1 / 64  # of the scale that bisection finds
@@ -169,7 +169,7 @@ class Guard:
     def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
         """What the net as it is now does not write in free greedy text."""
         with settled(self.net.model):
-            written = self.net.generate(kept)
+            written = greedy(self.net, kept, until_wrong=True)
         return tuple(item for item, text in zip(kept, written, strict=True) if text != item.target)
 
     def _said(self, broken: Sequence[Tokens]) -> tuple[str, ...]:
@@ -240,7 +240,7 @@ def present(net: Net, protect: Sequence[Protected]) -> tuple[Tokens, ...]:
             )
         wanted.append(Tokens(name, prompt, (-1,) * room))
     with settled(net.model):
-        written = net.generate(wanted)
+        written = greedy(net, wanted)
     ends = net.ends
     answers = [_until(text, ends) if item.target[0] < 0 else text for item, text in zip(wanted, written, strict=True)]
     return tuple(

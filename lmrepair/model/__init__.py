@@ -47,15 +47,6 @@ if TYPE_CHECKING:
         quietly as quietly,
         ranks as ranks,
     )
-    from lmrepair.model.moments import (
-        Asked as Asked,
-        Inverse as Inverse,
-        Metric as Metric,
-        Moment as Moment,
-        OnDemand as OnDemand,
-        Statistics as Statistics,
-        blocks as blocks,
-    )
     from lmrepair.model.net import (
         DTYPES as DTYPES,
         TOKENS_AT_ONCE as TOKENS_AT_ONCE,
@@ -66,11 +57,19 @@ if TYPE_CHECKING:
     from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import (
         WINDOW as WINDOW,
+        Asked as Asked,
+        Inverse as Inverse,
+        Metric as Metric,
+        Moment as Moment,
+        OnDemand as OnDemand,
         Planned as Planned,
+        Statistics as Statistics,
+        blocks as blocks,
         own_texts as own_texts,
         planned as planned,
         statistics_of as statistics_of,
         windows as windows,
     )
+    from lmrepair.model.writing import Choose as Choose, Prompt as Prompt, greedy as greedy, write as write
 
 __getattr__, __dir__ = door(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lmrepair import UsageError
 from lmrepair.methods.maths.closed_form import Constraints, inverse_metric, null_space
 from lmrepair.methods.maths.direct_path import scaled
-from lmrepair.model.moments import Moment
+from lmrepair.model.statistics.moments import Moment
 
 NEURONS, WIDTH, REFERENCE, DAMPING = 24, 6, 16, 0.01
 

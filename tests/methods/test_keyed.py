@@ -16,8 +16,8 @@ from lmrepair.methods.keyed.keyed import Keyed
 from lmrepair.methods.keyed.values import Search, Values, find_values, key_rows, read_keys
 from lmrepair.methods.maths.closed_form import Constraints, inverse_metric
 from lmrepair.model.batches import Batch
-from lmrepair.model.moments import Metric, Statistics
 from lmrepair.model.net import settled
+from lmrepair.model.statistics.moments import Metric, Statistics
 
 SEARCH = Search(steps=15, rate=0.3, decay=0.01, clamp=4.0, essence=0.1, margin=1.0)
 FAMILY: list[Keyed] = [Rome(), Emmet(), Memit(span="2/3"), AlphaEdit(threshold=0.3, span="2/3")]

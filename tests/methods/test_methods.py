@@ -40,8 +40,8 @@ from lmrepair.methods.base import Problem, Targeted
 from lmrepair.methods.keyed.keyed import Keyed
 from lmrepair.methods.maths.basis import Bases
 from lmrepair.model.edit import Product
-from lmrepair.model.moments import Metric
 from lmrepair.model.net import settled
+from lmrepair.model.statistics.moments import Metric
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 # One row a method: how it is set up so that it repairs the tiny models.

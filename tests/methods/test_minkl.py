@@ -29,9 +29,9 @@ from lmrepair.methods.minkl import KEEP, KEPT, SHARED, WIDEN
 from lmrepair.methods.star import Star
 from lmrepair.model.batches import Sites
 from lmrepair.model.edit import LowRank, Product, Trial
-from lmrepair.model.moments import Metric, Moment, Statistics
 from lmrepair.model.net import settled
 from lmrepair.model.statistics import gather
+from lmrepair.model.statistics.moments import Metric, Moment, Statistics
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n",))
 KINDS = ("full", "sampled", "diagonal", "none")

@@ -21,9 +21,9 @@ from lmrepair.methods.base import Problem, Step
 from lmrepair.methods.maths.margins import Margins
 from lmrepair.model import Trial, beside, put
 from lmrepair.model.batches import Batch
-from lmrepair.model.moments import Asked, Metric, Moment
 from lmrepair.model.net import Net, settled
 from lmrepair.model.statistics import gather, statistics_of, sums
+from lmrepair.model.statistics.moments import Asked, Metric, Moment
 from lmrepair.model.statistics.packing import pack, unpack
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from lmrepair import UsageError
-from lmrepair.model.moments import KINDS, Metric, Moment, OnDemand, Statistics
+from lmrepair.model.statistics.moments import KINDS, Metric, Moment, OnDemand, Statistics
 
 WIDTH = 12
 

@@ -23,7 +23,6 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 from lmrepair import ModelError, Net, Reference
 from lmrepair.errors import UsageError
 from lmrepair.failures import Failure, Tokens
-from lmrepair.model.moments import Asked, Moment, Statistics
 from lmrepair.model.statistics import (
     beginnings,
     cache as module,
@@ -35,6 +34,7 @@ from lmrepair.model.statistics import (
     windows,
 )
 from lmrepair.model.statistics.joining import joined
+from lmrepair.model.statistics.moments import Asked, Moment, Statistics
 from lmrepair.model.statistics.packing import pack, unpack
 
 FULL = Asked("full", "full", 64, 0.01)

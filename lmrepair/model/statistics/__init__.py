@@ -14,6 +14,15 @@ if TYPE_CHECKING:
         planned as planned,
         statistics_of as statistics_of,
     )
+    from lmrepair.model.statistics.moments import (
+        Asked as Asked,
+        Inverse as Inverse,
+        Metric as Metric,
+        Moment as Moment,
+        OnDemand as OnDemand,
+        Statistics as Statistics,
+        blocks as blocks,
+    )
     from lmrepair.model.statistics.sums import gather as gather
     from lmrepair.model.statistics.texts import WINDOW as WINDOW, beginnings as beginnings, windows as windows
 

@@ -22,10 +22,10 @@ from lmrepair.errors import UsageError
 from lmrepair.failures import Failure, Reference, Tokens, write_atomically
 from lmrepair.model.anatomy import agreed
 from lmrepair.model.digests import Fingerprint, fingerprint
-from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics
 from lmrepair.model.net import Net, settled
 from lmrepair.model.progress import Progress, quiet
 from lmrepair.model.statistics.joining import joined
+from lmrepair.model.statistics.moments import Asked, Moment, OnDemand, Statistics
 from lmrepair.model.statistics.packing import pack, shapes, size, unpack
 from lmrepair.model.statistics.sums import Sums, kind_for
 from lmrepair.model.statistics.texts import answered, beginnings, windows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lmrepair.model.moments import Moment, OnDemand, Statistics
+from lmrepair.model.statistics.moments import Moment, OnDemand, Statistics
 
 
 def joined(one: Statistics, other: Statistics, weighted: bool) -> Statistics:

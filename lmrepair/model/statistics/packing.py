@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lmrepair.model.moments import Moment, blocks
+from lmrepair.model.statistics.moments import Moment, blocks
 
 STRIPS = 8
 STEPS = 32767  # of a correlation between 0 and 1

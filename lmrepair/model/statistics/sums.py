@@ -14,8 +14,8 @@ from lmrepair.failures import Tokens
 from lmrepair.model.anatomy import not_finite
 from lmrepair.model.batches import Batch
 from lmrepair.model.head import Head
-from lmrepair.model.moments import Asked, Moment, OnDemand, Statistics, blocks
 from lmrepair.model.net import Net, drawn, settled
+from lmrepair.model.statistics.moments import Asked, Moment, OnDemand, Statistics, blocks
 from lmrepair.model.statistics.packing import strips
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it; of a mixture, block by block,

@@ -10,10 +10,12 @@ from oracle_models import net as tiny, tokenizer
 from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-import lmrepair.checks.writing as writing
+import lmrepair.model.writing as writing
 from lmrepair import Net
-from lmrepair.checks.writing import padding_is_unseen, together, write
 from lmrepair.errors import NotFiniteError
+from lmrepair.failures import Tokens
+from lmrepair.model import settled
+from lmrepair.model.writing import greedy, padding_is_unseen, together, write
 
 PROMPTS = [(0, 9, 12, 30, 41, 7), (0, 50), (0, 9, 12), (0, 50), (0, 33, 21, 8, 8, 8, 40, 12, 71, 5, 6)]
 
@@ -114,3 +116,43 @@ def test_layers_with_a_state_in_place_of_keys_run_side_by_side_too() -> None:
     net = Net(Lfm2ForCausalLM(config).eval(), tokenizer())
     found = write(net, PROMPTS, 6, best, until(lambda row: 6 - row))
     assert found == [alone(net, prompt, 6 - row) for row, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("until_wrong", [True, False])
+def test_greedy_text_is_that_of_the_models_own_generation(
+    net: Net, until_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed with padding, as alone: right and wrong targets, one that is ended by the model."""
+    texts = [alone(net, prompt, 6) for prompt in PROMPTS]
+    end = net.model.generation_config.eos_token_id = 123 if 123 in texts[4] else 54
+    wrong = [(token + 1) % 90 for token in texts[1]]
+    targets = [texts[0][:4], [texts[1][0], *wrong[1:5]], texts[2][:2], texts[3], texts[4]]
+    tokens = [
+        Tokens(str(at), prompt, tuple(one)) for at, (prompt, one) in enumerate(zip(PROMPTS, targets, strict=True))
+    ]
+    with settled(net.model):
+        wanted = [net.generate([item])[0] for item in tokens]
+    passes: list[int] = []
+    monkeypatch.setattr(Net, "generate", lambda *_: pytest.fail("padding is unseen"))
+    handle = net.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = greedy(net, tokens, until_wrong)
+    handle.remove()
+    assert [one == item.target for one, item in zip(found, tokens, strict=True)] == [
+        one == item.target for one, item in zip(wanted, tokens, strict=True)
+    ]
+    assert [found[at] for at in (0, 2, 3, 4)] == [wanted[at] for at in (0, 2, 3, 4)]
+    assert found[1] == wanted[1][: 2 if until_wrong else 5]
+    assert [len(found[at]) for at in (2, 4)] == ([1, 4] if end == 123 else [2, 6])
+    assert len(passes) == 3 + 6  # the proof, and a pass a token
+
+
+def test_few_lengths_and_what_padding_moves_are_left_to_the_models_own_generation(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Net, "generate", lambda _, tokens: asked.append(len(tokens)) or [])
+    several = [Tokens(str(at), prompt, (5,)) for at, prompt in enumerate(PROMPTS)]
+    assert greedy(net, several[1:4]) == []  # two lengths
+    monkeypatch.setattr(writing, "padding_is_unseen", lambda *_: False)
+    assert greedy(net, several) == []
+    assert asked == [3, 5]

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lmrepair.errors import NotFiniteError
-from lmrepair.model import Net, not_finite, settled
+from lmrepair.failures import Tokens
+from lmrepair.model.anatomy import not_finite
+from lmrepair.model.net import Net, settled
 
 AT_ONCE = 32  # rows side by side
 TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
+SEVERAL = 3  # lengths of prompts from which on that proof costs less than it saves
 PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
 
 Prompt = tuple[int, ...]
@@ -37,17 +40,52 @@ def write(
     prompts of several lengths run together, else only those of one length. Raises NotFiniteError where the model
     puts out what nothing can be chosen from.
     """
-    made: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
-    context, done = net.anatomy.context, 0
     with settled(net.model), torch.inference_mode():
         mixed = len(set(map(len, prompts))) > 1 and padding_is_unseen(net, min(prompts, key=len))
-        for rows in together(prompts, length, context, mixed):
-            wide = max(len(prompts[row]) for row in rows)
-            room = length if context is None else min(length, context - wide)
-            _write(net, {row: prompts[row] for row in rows}, room, choose, ended, made)
-            done += len(rows)
-            if report is not None:
-                report(done, len(prompts))
+        return _all(net, prompts, length, choose, ended, mixed, report)
+
+
+def greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool = False) -> list[tuple[int, ...]]:
+    """What ``Net.generate`` gives, prompts of several lengths side by side where that is proved to change nothing.
+
+    ``until_wrong``: a text that is not its target ends with the first token that is another. A text ends with the
+    first end token, nothing is filled up behind it.
+    """
+    prompts, ends = [item.prompt for item in tokens], net.ends
+    if len(set(map(len, prompts))) < SEVERAL or net.in_shards:
+        return net.generate(tokens)
+
+    def ended(row: int, made: list[int]) -> bool:
+        target = tokens[row].target
+        wrong = until_wrong and made[-1] != target[len(made) - 1]
+        return wrong or len(made) == len(target) or made[-1] in ends
+
+    with settled(net.model), torch.inference_mode():
+        if not padding_is_unseen(net, min(prompts, key=len)):
+            return net.generate(tokens)
+        longest = max(len(item.target) for item in tokens)
+        written = _all(net, prompts, longest, lambda _, logits: logits.argmax(dim=1), ended, True)
+    return [tuple(text) for text in written]
+
+
+def _all(
+    net: Net,
+    prompts: Sequence[Prompt],
+    length: int,
+    choose: Choose,
+    ended: Ended,
+    mixed: bool,
+    report: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    made: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
+    context, done = net.anatomy.context, 0
+    for rows in together(prompts, length, context, mixed):
+        wide = max(len(prompts[row]) for row in rows)
+        room = length if context is None else min(length, context - wide)
+        _write(net, {row: prompts[row] for row in rows}, room, choose, ended, made)
+        done += len(rows)
+        if report is not None:
+            report(done, len(prompts))
     return list(made.values())
 
 
