@@ -14,10 +14,11 @@ import torch
 from oracle_models import FAILURES, TEXT, State, bold_star
 
 from lmrepair import Failure, FailuresError, Method, MinKl, Net, Sgd, Star, diagnose, load, read_failures, repair
+from lmrepair.errors import NotFiniteError
 from lmrepair.failures import kindred
 from lmrepair.failures.forms import Template
 from lmrepair.failures.tokens import Tokens
-from lmrepair.loop import loop, solver
+from lmrepair.loop import loop, repair_alone, solver
 from lmrepair.loop.loop import repair_each
 from lmrepair.methods import DEFAULT, base, method_named
 from lmrepair.methods.base import Problem, Step
@@ -219,6 +220,80 @@ class Breaks(Method):
         if problem.step == 2:
             raise self.error
         return Step({layer: delta + 0.01 for layer, delta in problem.deltas.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goes(Method):
+    """A method that moves everything a little, and at its second step by ``far``, or raises."""
+
+    name: ClassVar[str] = "goes"
+    far: float = 1e3
+    error: type[Exception] | None = None
+
+    def solve(self, problem: Problem) -> Step:
+        if problem.step and self.error:
+            raise self.error("no number")
+        far = self.far if problem.step else 1e-3
+        return Step({layer: delta + far for layer, delta in problem.deltas.items()})
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (Goes(early=False, epochs=5), "it destroys the model (KL"),
+        (Goes(early=False, epochs=5, far=1e38), "it destroys the model (what it writes is no number any more)"),
+        (Goes(early=False, epochs=5, error=NotFiniteError), "what it writes is no number any more"),
+    ],
+    ids=["far", "beyond numbers", "raises"],
+)
+def test_a_step_that_destroys_is_undone_and_the_one_before_stays(method: Goes, reason: str) -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    (result,) = repair_each(net, FAILURES[:1], method)
+    assert not before.changed(net)
+    (outcome,) = result.outcomes
+    assert reason in outcome.reason
+    assert result.patch is not None
+    for change in result.patch.changes.values():
+        assert torch.allclose(change.deltas, torch.full_like(change.deltas, 1e-3), atol=1e-6)
+    assert result.cost.steps == (1 if method.error else 2)
+
+
+def test_one_mistake_after_another_in_the_order_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    method = bold_star(learning_rate=0.01, epochs=300, mode="iterative", share="1")
+    foci: list[list[int]] = []
+    real = Star.solve
+
+    def solve(self: Star, problem: Problem) -> Step:
+        foci.append(problem.focus.nonzero().flatten().tolist())
+        return real(self, problem)
+
+    monkeypatch.setattr(Star, "solve", solve)
+    failures = [FAILURES[2], FAILURES[0]]
+    result = repair(net, failures, replace(method, rounds=1), TEXT)
+    mistaken = [[mistake.position for mistake in outcome.before] for outcome in result.outcomes]
+    assert len(mistaken[0]) > 1
+    assert all(len(focus) == 1 for focus in foci)
+    order = [focus[0] for focus, last in zip(foci, [[-1], *foci], strict=False) if focus != last]
+    first = order[: len(mistaken[0])]
+    assert first == sorted(set(first))
+    assert first[0] == mistaken[0][0]
+    assert len(order) > len(first)  # then those of the second failure
+
+
+def test_patches_made_alone_are_saved_under_short_names(tmp_path: Path) -> None:
+    net = oracle_models.net()
+    failures = [replace(FAILURES[2], id="a/b c" + "x" * 60), answered(net), replace(FAILURES[1], id="second")]
+    made, sizes, drifts, saved = repair_alone(net, failures, STAR, TEXT, tmp_path, loop.quiet)
+    assert [one.repaired for one in made] == [1, 0, 1]
+    assert saved
+    assert len(sizes) == len(drifts) == 2
+    assert not any(one.patch for one in made)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["0001-a_b_c" + "x" * 35 + ".safetensors", "0002-second.safetensors"]
+    nothing = repair_alone(net, [answered(net)], STAR, TEXT, tmp_path / "none", loop.quiet)
+    assert nothing[1:] == ([], [], False)
 
 
 def breaking(at: str, error: type[BaseException]) -> Callable[..., object]:
