@@ -261,7 +261,7 @@ def test_a_step_that_destroys_is_undone_and_the_one_before_stays(method: Goes, r
 
 def test_one_mistake_after_another_in_the_order_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     net = oracle_models.net()
-    method = bold_star(learning_rate=0.01, epochs=300, mode="iterative", share="1")
+    method = bold_star(learning_rate=0.02, epochs=60, mode="iterative", share="1", rounds=1)
     foci: list[list[int]] = []
     real = Star.solve
 
@@ -270,8 +270,7 @@ def test_one_mistake_after_another_in_the_order_of_the_target(monkeypatch: pytes
         return real(self, problem)
 
     monkeypatch.setattr(Star, "solve", solve)
-    failures = [FAILURES[2], FAILURES[0]]
-    result = repair(net, failures, replace(method, rounds=1), TEXT)
+    result = repair(net, FAILURES[2:0:-1], method, TEXT)
     mistaken = [[mistake.position for mistake in outcome.before] for outcome in result.outcomes]
     assert len(mistaken[0]) > 1
     assert all(len(focus) == 1 for focus in foci)
