@@ -133,11 +133,11 @@ class Method(ABC):
         return 0
 
     def groups(self, net: Net, tokens: Sequence[Tokens], sites: Sites) -> list[list[Tokens]]:
-        """The failures that are one problem each, in order.
+        """The failures of each problem, in order.
 
-        Solved together, all are, where that keeps no more than ROOM bytes (or ROOMS times the model's); else as many
-        as that holds, one group after another: it is by what is asked, not by what is free, so that a patch is the
-        same on another day.
+        Where failures are solved together that is all of them, unless it keeps more than ROOM bytes (or ROOMS times
+        the model's): then as many as that holds, one group after another. What is asked decides, not what is free,
+        so that a patch is the same on another day.
         """
         if self.mode != "multi-failure":
             return [[item] for item in tokens]
