@@ -241,19 +241,11 @@ def present(net: Net, protect: Sequence[Protected]) -> tuple[Tokens, ...]:
         wanted.append(Tokens(name, prompt, (-1,) * room))
     with settled(net.model):
         written = greedy(net, wanted)
-    ends = net.ends
-    answers = [_until(text, ends) if item.target[0] < 0 else text for item, text in zip(wanted, written, strict=True)]
     return tuple(
         replace(item, target=text)
-        for item, text in zip(wanted, answers, strict=True)
+        for item, text in zip(wanted, written, strict=True)
         if item.target[0] < 0 or text == item.target
     )
-
-
-def _until(text: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
-    """The text up to its first end token, that included: what follows it is padding."""
-    last = next((at for at, token in enumerate(text) if token in ends), len(text) - 1)
-    return tuple(text[: last + 1])
 
 
 def needed_scales(net: Net, changes: Changes, failures: Sequence[Tokens]) -> tuple[float, ...]:

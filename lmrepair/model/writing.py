@@ -52,20 +52,28 @@ def greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool = False) -> lis
     first end token, nothing is filled up behind it.
     """
     prompts, ends = [item.prompt for item in tokens], net.ends
-    if len(set(map(len, prompts))) < SEVERAL or net.in_shards:
-        return net.generate(tokens)
 
     def ended(row: int, made: list[int]) -> bool:
         target = tokens[row].target
         wrong = until_wrong and made[-1] != target[len(made) - 1]
         return wrong or len(made) == len(target) or made[-1] in ends
 
+    mixed = len(set(map(len, prompts))) >= SEVERAL and not net.in_shards
+    if mixed:
+        with settled(net.model), torch.inference_mode():
+            mixed = padding_is_unseen(net, min(prompts, key=len))
+    if not mixed:
+        return [_until(text, ends) for text in net.generate(tokens)]
     with settled(net.model), torch.inference_mode():
-        if not padding_is_unseen(net, min(prompts, key=len)):
-            return net.generate(tokens)
         longest = max(len(item.target) for item in tokens)
         written = _all(net, prompts, longest, lambda _, logits: logits.argmax(dim=1), ended, True)
     return [tuple(text) for text in written]
+
+
+def _until(text: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
+    """The text up to its first end token, that included: what follows it is padding."""
+    last = next((at for at, token in enumerate(text) if token in ends), len(text) - 1)
+    return tuple(text[: last + 1])
 
 
 def _all(
