@@ -164,10 +164,12 @@ class _Base:
         for rows in _few_rows(logits):
             before, norm, after = self.logits[rows], self.norms[rows], _exact(logits[rows])
             total = after.logsumexp(dim=1, keepdim=True)
-            p, q = (before - norm).exp_(), (after - total).exp_()
-            t = (after - before).sub_(total - norm)
-            far = q - p - torch.where(p > 0, p * t, 0.0)
-            kl = torch.where(t.abs() < 1, t.expm1().sub_(t).mul_(p), far).sum(dim=1, dtype=torch.float64)
+            p, t = (before - norm).exp_(), (after - before).sub_(total - norm)
+            terms, near = t.expm1().sub_(t).mul_(p), t.abs() < 1
+            if not bool(near.all()):
+                far = (after - total).exp_() - p - torch.where(p > 0, p * t, 0.0)
+                terms = torch.where(near, terms, far)
+            kl = terms.sum(dim=1, dtype=torch.float64)
             same = after.gather(1, self.likely[rows]).squeeze(1) == after.amax(dim=1)
             entropies = [(norm - before.gather(1, self.wanted[rows])), (total - after.gather(1, self.wanted[rows]))]
             parts.append(torch.stack([kl, same.double(), *(part.squeeze(1).double() for part in entropies)], dim=1))

@@ -53,12 +53,13 @@ def gguf_options(path: Path) -> dict[str, Any]:
 def parsed_once() -> Iterator[None]:
     """transformers parses the file anew for the config, the tokenizer and the weights, and its table of names for
     every module, and shows a bar: inside the block what was parsed is kept, and there is no bar. A vocabulary is read
-    as plain values (gguf makes two mapped arrays of every token: 20 s for 262,144 of them, where this takes one)."""
+    as plain values (gguf makes two mapped arrays of every token: 20 s for 262,144 of them, where this takes one), and
+    handed on as one of them."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
     changed = (
-        (gguf, "GGUFReader", lambda reader: cache(_with_plain_arrays(reader))),
+        (gguf, "GGUFReader", lambda reader: cache(_with_plain_arrays(reader, whole=True))),
         (gguf, "get_tensor_name_map", cache),
         (gguf, "dequantize", _in_wide_rows),
         (reading, "_gguf_parse_value", _unless_plain),
@@ -74,8 +75,11 @@ def parsed_once() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _with_plain_arrays(reader: Any) -> Any:
-    """gguf's reader with the arrays of the header as lists of texts, numbers or truth values."""
+def _with_plain_arrays(reader: Any, whole: bool = False) -> Any:
+    """gguf's reader with the arrays of the header as lists of texts, numbers or truth values.
+
+    ``whole``: a field of several values has one part, their list, as transformers takes parts one by one.
+    """
     from gguf.constants import GGUFValueType
 
     class Plain(reader):  # type: ignore[misc]
@@ -83,7 +87,8 @@ def _with_plain_arrays(reader: Any) -> Any:
             if kind != ARRAY:
                 return super()._get_field_parts(offset, kind)
             values, inner, end = read_array(memoryview(self.data), int(offset))
-            return end - int(offset), values, list(range(len(values))), [GGUFValueType.ARRAY, GGUFValueType(inner)]
+            parts = [values] if whole and len(values) > 1 else values
+            return end - int(offset), parts, list(range(len(parts))), [GGUFValueType.ARRAY, GGUFValueType(inner)]
 
     return Plain
 
@@ -102,7 +107,7 @@ def _in_wide_rows(dequantize: Any) -> Any:
 
 
 def _unless_plain(parse: Any) -> Any:
-    return lambda value, kind: value if isinstance(value, (str, int, float)) else parse(value, kind)
+    return lambda value, kind: value if isinstance(value, (str, int, float, list)) else parse(value, kind)
 
 
 def _without_bar(bar: Any) -> Any:

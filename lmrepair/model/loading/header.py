@@ -17,6 +17,7 @@ from lmrepair.errors import ModelError
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")  # of a text, in front of it
 LONGEST_KEY = 1 << 16  # bytes
 SIZES = ("embedding_length", "feed_forward_length", "vocab_size", "attention.head_count", "attention.head_count_kv",
          "attention.key_length", "attention.value_length")  # fmt: skip
@@ -50,7 +51,7 @@ def read_array(raw: memoryview, at: int) -> tuple[list[Any], int, int]:
     reader = _Reader(raw, at)
     inner, count = reader.array_size()
     if inner == STRING:
-        return [reader.text() for _ in range(count)], inner, reader.at
+        return reader.texts(count), inner, reader.at
     form = SCALARS[inner]
     return list(reader.take(f"<{count}{form[1:]}")), inner, reader.at
 
@@ -106,6 +107,18 @@ class _Reader:
             raise ValueError(f"a text of {length} bytes at {self.at}")
         self.at += length
         return str(self.raw[self.at - length : self.at], "utf-8")
+
+    def texts(self, count: int) -> list[str]:
+        """As ``text``, many of them: a vocabulary has hundreds of thousands."""
+        raw, at, end, found = self.raw, self.at, len(self.raw), []
+        for _ in range(count):
+            (length,) = LENGTH.unpack_from(raw, at)
+            start, at = at + LENGTH.size, at + LENGTH.size + length
+            if at > end:
+                raise ValueError(f"a text of {length} bytes at {start}")
+            found.append(str(raw[start:at], "utf-8"))
+        self.at = at
+        return found
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
