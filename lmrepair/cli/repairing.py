@@ -71,7 +71,7 @@ OwnTexts = Annotated[
     int | None,
     typer.Option(
         min=0, metavar="N", show_default=False,
-        help="How many texts the model writes for that (default: 24); 0: the text of --statistics alone.",
+        help="How many texts the model writes for that (default: 48; mixtures 192); 0: the text of --statistics alone.",
     ),
 ]  # fmt: skip
 Timings = Annotated[bool, typer.Option("--timings", help="Show where the time went, part by part.")]

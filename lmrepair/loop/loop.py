@@ -232,6 +232,7 @@ def _attempt(
     with settled(net.model):
         others = wordings.of(case.failures, net.tokenize) if wordings else []
         rows = [*case.tokens, *others, *kept]
+        method = method.suited(net, len(rows))
         # What is solved is all that is diagnosed: then the first step's reading tells the mistakes as well.
         with listening(net, case.batches) as heard:
             first = first_reading(net, method, case.batches, progress) if len(rows) == len(case.tokens) else None

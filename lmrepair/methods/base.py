@@ -105,6 +105,10 @@ class Method(ABC):
                 f"max_probe_kl is {self.max_probe_kl}; expected nats per token above 0, or inf for no limit"
             )
 
+    def suited(self, net: Net, failures: int) -> Method:  # noqa: ARG002
+        """The method for a problem of so many failures, where a setting is left to what is asked."""
+        return self
+
     def asks(self) -> Asked | None:
         """The statistics of reference text this method needs; most need none."""
         return None

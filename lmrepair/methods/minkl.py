@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
 
+ALONE, LEAST = "upper 1/2", 4  # the layers that one failure's change is written to, in models of so many and more
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 WIDEN = 6  # steps after which directions that have not been enough get others beside them
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
@@ -40,6 +41,7 @@ class MinKl(Targeted):
     name: ClassVar[str] = "minkl"
     advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
+    layers: str = setting("auto", "layers to write to: auto (of one failure, the upper half), or as other methods say")
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
@@ -54,6 +56,12 @@ class MinKl(Targeted):
         for name in ("rank", "neurons"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 (no limit) or more")
+
+    def suited(self, net: Net, failures: int) -> MinKl:
+        """One failure needs no more than the upper layers, which take half the time; several need the room."""
+        if self.layers != "auto":
+            return self
+        return replace(self, layers=ALONE if failures == 1 and net.layers >= LEAST else "1")
 
     def asks(self) -> Asked:
         from lmrepair.model import Asked

@@ -23,7 +23,8 @@ class Targeting:
     """How much of the model a method may write to.
 
     ``layers``: the share of layers whose loss suffers most when their FFN is skipped ("one" or a
-    fraction up to 1), or the upper ones, whatever they do: "last", or "upper" and a fraction.
+    fraction up to 1), or the upper ones, whatever they do: "last", or "upper" and a fraction; "auto": left
+    to the method, at most all.
     ``share``: the share of neurons, taken by attribution in one of the PATTERNS:
     "global" (over all layers together), "even" (in each layer), "layer" (in the most responsible layer).
     """
@@ -53,6 +54,8 @@ class Targeting:
         """How many of a model's layers these are. Raises UsageError for what is no share."""
         if self.layers in ("one", "last"):
             return 1
+        if self.layers == "auto":
+            return layers
         return max(1, math.ceil(share_of(self.layers.removeprefix("upper "), "layers") * layers))
 
 

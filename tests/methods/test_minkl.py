@@ -43,6 +43,32 @@ def statistics(net: Net, method: MinKl) -> Statistics:
     return found
 
 
+def test_one_failure_is_written_to_the_upper_half_and_several_to_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle_models, "LAYERS", 5)
+    net = Net(oracle_models.model(), oracle_models.tokenizer(), "five-layers")
+    known = gather(net, net.sample(4, 24), MinKl().asks(), "test")
+    (one,) = repair_each(net, FAILURES[:1], statistics=known)
+    (same,) = repair_each(net, FAILURES[:1], MinKl(layers="upper 1/2"), statistics=known)
+    assert one.patch is not None
+    assert same.patch is not None
+    assert one.repaired == 1
+    assert set(one.patch.changes) == {2, 3, 4}
+    assert one.patch.made.settings["layers"] == "upper 1/2"
+    assert one.patch.fingerprint == same.patch.fingerprint
+    assert one.cost.steps == same.cost.steps
+    several = repair(net, FAILURES[:2], statistics=known)
+    assert several.patch is not None
+    assert set(several.patch.changes) == set(range(5))
+    assert several.patch.made.settings["layers"] == "1"
+
+
+def test_layers_that_are_named_stay_and_few_are_all() -> None:
+    net = oracle_models.net()
+    assert MinKl().suited(net, 1).layers == "1"
+    assert MinKl(layers="last").suited(net, 1).layers == "last"
+    assert Star().suited(net, 1) == Star()
+
+
 def tokens_of(net: Net) -> list[Tokens]:
     """Few tokens, so that every set of constraints can be tried; the last one's are all preferred."""
     prompt = net.tokenize(FAILURES)[2].prompt

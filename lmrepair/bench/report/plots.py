@@ -241,7 +241,9 @@ def _pattern(result: Result) -> str:
 
 
 def _size(share: str) -> Fraction:
-    return Fraction(0) if share in ("one", "last") else Fraction(share.removeprefix("upper "))
+    if share in ("one", "last"):
+        return Fraction(0)
+    return Fraction(1) if share == "auto" else Fraction(share.removeprefix("upper "))
 
 
 def _heat(

@@ -77,6 +77,7 @@ def solve_advice(net: Net, tokens: Sequence[Tokens], method: Method, alone: bool
 
 def _need(net: Net, tokens: Sequence[Tokens], method: Method) -> int:
     """About how many bytes a solve takes beside the model: what the method keeps, what is written to, one pass."""
+    method = method.suited(net, len(tokens))
     sites = method.fixed_sites(net) or net.every_site()
     wide, deep = sum(net.widths), net.layers * net.hidden
     written = sum(len(columns) for columns in sites.columns.values()) * net.hidden * (net.dtype.itemsize + 12)

@@ -101,6 +101,7 @@ def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
     """What each of the SETTINGS takes."""
     found = []
     for text, method, passes in SETTINGS:
+        method = method.suited(net, failures=1)
         asked = method.asks()
         plan = planned(net, asked, given=ALIKE * asked.kindred) if asked is not None else None
         sites = method.fixed_sites(net) or _share(net)
