@@ -200,7 +200,9 @@ def _kept(
     spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
     cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
     measured = best.judged.verdict.measured if best is not None and best.judged is not None else None
-    return _Attempt(method, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings, measured)
+    # Settings that were left to what is asked stand in the attempt that is kept.
+    used = next((attempt for run, attempt in zip(runs, attempts, strict=True) if run is best), first).method
+    return _Attempt(used, outcomes, changes, cost, replace(record, dropped=tuple(lost)), wordings, measured)
 
 
 def _gated_outcomes(

@@ -172,7 +172,11 @@ class Method(ABC):
 class Targeted(Method):
     """A method that writes to a share of the layers and neurons, the ones with most to do with the mistakes."""
 
-    layers: str = setting("1", "layers to write to: one, 1/4, … by the loss with their FFN skipped; last; upper 1/2")
+    layers: str = setting(
+        "1",
+        "layers to write to: one, 1/4, … by the loss with their FFN skipped; last; upper 1/2; auto: all, "
+        "by minkl the upper 1/2 for one failure",
+    )
     pattern: str = setting("even", "where neurons are chosen", PATTERNS)
     share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
 

@@ -41,7 +41,7 @@ class MinKl(Targeted):
     name: ClassVar[str] = "minkl"
     advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
-    layers: str = setting("auto", "layers to write to: auto (of one failure, the upper half), or as other methods say")
+    layers: str = setting("auto", "layers to write to: auto (for one failure the upper half), or as of other methods")
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)

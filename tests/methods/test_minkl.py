@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings, strategies as st
 from oracle_models import FAILURES, HIDDEN, LAYERS, WIDTH, State
 from torch import Tensor
 
-from lmrepair import Failure, FailuresError, MinKl, Net, Reference, UsageError, repair, repair_each
+from lmrepair import Failure, FailuresError, Gate, MinKl, Net, Reference, UsageError, repair, repair_each
 from lmrepair.failures.tokens import Tokens
 from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem
@@ -56,6 +56,10 @@ def test_one_failure_is_written_to_the_upper_half_and_several_to_all_layers(monk
     assert one.patch.made.settings["layers"] == "upper 1/2"
     assert one.patch.fingerprint == same.patch.fingerprint
     assert one.cost.steps == same.cost.steps
+    gated = repair(net, FAILURES[:1], statistics=known, gate=Gate(max_kl=1e6, references=(TEXT,)))
+    assert gated.patch is not None
+    assert gated.patch.made.settings == one.patch.made.settings
+    gated.patch.revert(net)
     several = repair(net, FAILURES[:2], statistics=known)
     assert several.patch is not None
     assert set(several.patch.changes) == set(range(5))
