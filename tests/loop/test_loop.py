@@ -83,7 +83,7 @@ def test_what_is_too_much_for_one_problem_is_solved_in_groups(kind: str, monkeyp
     assert list(map(list, dict.fromkeys(map(tuple, solved)))) == names  # first each in its turn, then what broke
     assert all(group in names for group in solved)
     assert sum("in 2 groups of failures, one after another" in stage for stage in said) == 1
-    assert result.method == method
+    assert result.method == method.suited(net, len(failures))
     assert result.patch is not None
     assert result.patch.made.settings["mode"] == "multi-failure"
     result.patch.revert(net)
