@@ -22,7 +22,7 @@ from lmrepair.methods import method_named
 from lmrepair.methods.base import Problem
 from lmrepair.methods.maths.basis import Bases
 from lmrepair.methods.maths.dual import RIDGE, kernel, not_negative, system_of, weights_for
-from lmrepair.methods.maths.linearised import AIM, SPARE, STAY
+from lmrepair.methods.maths.linearised import AIM, SPARE, STAY, Linearised, tie_in
 from lmrepair.methods.maths.margins import read_margins
 from lmrepair.methods.maths.spans import directions, shared_out
 from lmrepair.methods.minkl import KEEP, KEPT, SHARED, WIDEN
@@ -64,6 +64,34 @@ def test_one_failure_is_written_to_the_upper_half_and_several_to_all_layers(monk
     assert several.patch is not None
     assert set(several.patch.changes) == set(range(5))
     assert several.patch.made.settings["layers"] == "1"
+
+
+@pytest.mark.parametrize(("dtype", "tie"), [(torch.float32, 0.0), (torch.bfloat16, 0.5), (torch.float16, 0.0625)])
+def test_what_is_right_by_a_rounding_is_to_rise_out_of_it(dtype: torch.dtype, tie: float) -> None:
+    """Logits near 64 are 0.5 apart in bfloat16; how close a right token may be to one that is wrong depends on it."""
+    assert tie_in(dtype) == tie
+    metric: Any = None
+    aimed = Linearised(metric, {}, {}, {}).aimed(torch.tensor([-0.01, -0.25, -2.0, 0.5, -9.0]), 3.0, 0.0, tie)
+    least = 2 * tie
+    assert aimed.aims.tolist() == pytest.approx([max(0.01, least), max(0.25, least), 2.0, 4.6, 4.6])
+    assert aimed.floors.tolist() == pytest.approx([max(0.005, tie), max(0.125, tie), 1.0, 3.0, 2.3])
+
+
+def test_in_bfloat16_no_position_is_left_within_a_rounding() -> None:
+    """A repaired position that was right by one step of the dtype has to hold when its text is written freely."""
+    net = oracle_models.net(dtype=torch.bfloat16)
+    known = statistics(net, MinKl())
+    for failure in FAILURES[:2]:
+        (written,) = net.generate(net.tokenize([failure]))
+        begun = Failure(failure.prompt, net.tokenizer.decode(written)[:6] + failure.target)  # as it would go on itself
+        batches = net.batches(net.tokenize([begun]))
+        gap = net.prefer(batches).gap
+        assert bool(((gap < 0) & (gap > -0.5)).any())
+        (made,) = repair_each(net, [begun], statistics=known)
+        assert made.repaired
+        assert made.patch is not None
+        with made.patch.on(net):
+            assert float(net.prefer(batches).gap.max()) <= -0.5
 
 
 def test_layers_that_are_named_stay_and_few_are_all() -> None:
