@@ -175,7 +175,7 @@ class Targeted(Method):
     layers: str = setting(
         "1",
         "layers to write to: one, 1/4, … by the loss with their FFN skipped; last; upper 1/2; auto: all, "
-        "by minkl the upper 1/2 for one failure",
+        "by minkl the upper half (at least 12) for one failure",
     )
     pattern: str = setting("even", "where neurons are chosen", PATTERNS)
     share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")

@@ -6,8 +6,10 @@ Kronecker-factored Fisher of arXiv 1503.05671.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from lmrepair.errors import UsageError
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
 
-ALONE, LEAST = "upper 1/2", 4  # the layers that one failure's change is written to, in models of so many and more
+ALONE, LEAST = Fraction(1, 2), 12  # of the layers, but so many: those, from above, that one failure is written to
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 WIDEN = 6  # steps after which directions that have not been enough get others beside them
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
@@ -41,7 +43,7 @@ class MinKl(Targeted):
     name: ClassVar[str] = "minkl"
     advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
-    layers: str = setting("auto", "layers to write to: auto (for one failure the upper half), or as of other methods")
+    layers: str = setting("auto", "layers to write to: auto (for one failure the upper half or 12), or as of others")
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)
@@ -61,7 +63,9 @@ class MinKl(Targeted):
         """One failure needs no more than the upper layers, which take half the time; several need the room."""
         if self.layers != "auto":
             return self
-        return replace(self, layers=ALONE if failures == 1 and net.layers >= LEAST else "1")
+        upper = max(LEAST, math.ceil(ALONE * net.layers))
+        alone = failures == 1 and upper < net.layers
+        return replace(self, layers=f"upper {Fraction(upper, net.layers)}" if alone else "1")
 
     def asks(self) -> Asked:
         from lmrepair.model import Asked

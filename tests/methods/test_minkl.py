@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmrepair import Failure, FailuresError, Gate, MinKl, Net, Reference, UsageError, repair, repair_each
 from lmrepair.failures.tokens import Tokens
-from lmrepair.methods import method_named
+from lmrepair.methods import method_named, minkl
 from lmrepair.methods.base import Problem
 from lmrepair.methods.maths.basis import Bases
 from lmrepair.methods.maths.dual import RIDGE, kernel, not_negative, system_of, weights_for
@@ -45,15 +45,16 @@ def statistics(net: Net, method: MinKl) -> Statistics:
 
 def test_one_failure_is_written_to_the_upper_half_and_several_to_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle_models, "LAYERS", 5)
+    monkeypatch.setattr(minkl, "LEAST", 2)
     net = Net(oracle_models.model(), oracle_models.tokenizer(), "five-layers")
     known = gather(net, net.sample(4, 24), MinKl().asks(), "test")
     (one,) = repair_each(net, FAILURES[:1], statistics=known)
-    (same,) = repair_each(net, FAILURES[:1], MinKl(layers="upper 1/2"), statistics=known)
+    (same,) = repair_each(net, FAILURES[:1], MinKl(layers="upper 3/5"), statistics=known)
     assert one.patch is not None
     assert same.patch is not None
     assert one.repaired == 1
     assert set(one.patch.changes) == {2, 3, 4}
-    assert one.patch.made.settings["layers"] == "upper 1/2"
+    assert one.patch.made.settings["layers"] == "upper 3/5"
     assert one.patch.fingerprint == same.patch.fingerprint
     assert one.cost.steps == same.cost.steps
     gated = repair(net, FAILURES[:1], statistics=known, gate=Gate(max_kl=1e6, references=(TEXT,)))
@@ -99,6 +100,14 @@ def test_layers_that_are_named_stay_and_few_are_all() -> None:
     assert MinKl().suited(net, 1).layers == "1"
     assert MinKl(layers="last").suited(net, 1).layers == "last"
     assert Star().suited(net, 1) == Star()
+
+
+@pytest.mark.parametrize(("layers", "upper"), [(12, "1"), (13, "upper 12/13"), (18, "upper 2/3"), (30, "upper 1/2")])
+def test_how_many_layers_are_the_upper_ones(monkeypatch: pytest.MonkeyPatch, layers: int, upper: str) -> None:
+    net = oracle_models.net()
+    monkeypatch.setattr(Net, "layers", property(lambda _: layers))
+    assert MinKl().suited(net, 1).layers == upper
+    assert MinKl().suited(net, 2).layers == "1"
 
 
 def tokens_of(net: Net) -> list[Tokens]:
