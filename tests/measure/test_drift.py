@@ -10,13 +10,14 @@ from typing import Any
 import oracle
 import oracle_models
 import pytest
+import torch
 from oracle_models import FAILURES, State, bold_star
 
 import lmrepair.measure.drift as drift_module
 from lmrepair import Drift, FailuresError, Reference, UsageError, evaluate, measure_drift, read_reference
 from lmrepair.failures.reference import read_kinds
 from lmrepair.loop.loop import repair_each
-from lmrepair.measure.drift import measure_drift_by_kind, worst_first
+from lmrepair.measure.drift import _Base, measure_drift_by_kind, worst_first
 from lmrepair.model.statistics import windows
 
 TEXT = Reference("test", ("for i in range(10):\n    print(i)\n", "the quick brown fox", "a" * 400))
@@ -125,3 +126,18 @@ def test_scores() -> None:
         with result.patch.on(net):
             after = evaluate(net, FAILURES[:1])
         assert (after.token_match, after.exact_match, after.greedy_match) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.5, 30.0])
+def test_differences_of_any_size_are_summed_as_in_float64(size: float) -> None:
+    """Logits that moved by less than one, by more, and one that is out of the question before or afterwards."""
+    generator = torch.Generator().manual_seed(3)
+    before = 4 * torch.randn(7, 50, generator=generator)
+    after = before + size * torch.randn(7, 50, generator=generator)
+    before[0, 0] = after[0, 0] = before[1, 1] = float("-inf")
+    found = _Base.of(before, torch.full((7,), 2)).compare(after)[:, 0]
+    p, q = (logits.double().softmax(dim=1) for logits in (before, after))
+    wanted = torch.where(p > 0, p * (p / q).log(), 0.0).sum(dim=1)
+    assert torch.allclose(found, wanted, rtol=2e-3 if size < 0.01 else 1e-5)
+    after[2, 3] = float("-inf")
+    assert float(_Base.of(before, torch.full((7,), 2)).compare(after)[2, 0]) == float("inf")
