@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 MOMENTS = ("auto", "full", "sampled", "diagonal", "none")
 MODES = ("iterative", "batch", "multi-failure")
+LAYERS = (
+    "layers to write to: one, 1/4, … by the loss with their FFN skipped; last; upper 1/2; auto: all, "
+    "by minkl the upper half (at least 12) for one failure"
+)
 ROOM = 1 << 32  # bytes that a solve of several failures may keep, or ROOMS times what the model takes; beyond, groups
 ROOMS = 4
 
@@ -172,11 +176,7 @@ class Method(ABC):
 class Targeted(Method):
     """A method that writes to a share of the layers and neurons, the ones with most to do with the mistakes."""
 
-    layers: str = setting(
-        "1",
-        "layers to write to: one, 1/4, … by the loss with their FFN skipped; last; upper 1/2; auto: all, "
-        "by minkl the upper half (at least 12) for one failure",
-    )
+    layers: str = setting("1", LAYERS)
     pattern: str = setting("even", "where neurons are chosen", PATTERNS)
     share: str = setting("1", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from lmrepair.errors import UsageError
-from lmrepair.methods.base import MOMENTS, Problem, Step, Targeted, metric_of, setting
+from lmrepair.methods.base import LAYERS, MOMENTS, Problem, Step, Targeted, metric_of, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class MinKl(Targeted):
     name: ClassVar[str] = "minkl"
     advice: ClassVar[str] = "try more epochs, a larger rank (0: no limit), or repair it --alone"
 
-    layers: str = setting("auto", "layers to write to: auto (for one failure the upper half or 12), or as of others")
+    layers: str = setting("auto", LAYERS)
     epochs: int = setting(20, "most steps for one problem", positive=True)
     margin: float = setting(3.0, "by how many logits a position must be preferred to count as done")
     inputs: str = setting("auto", "how the coefficients' second moment is kept", MOMENTS)

@@ -58,13 +58,10 @@ def greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool = False) -> lis
         wrong = until_wrong and made[-1] != target[len(made) - 1]
         return wrong or len(made) == len(target) or made[-1] in ends
 
-    mixed = len(set(map(len, prompts))) >= SEVERAL and not net.in_shards
-    if mixed:
-        with settled(net.model), torch.inference_mode():
-            mixed = padding_is_unseen(net, min(prompts, key=len))
-    if not mixed:
-        return [_until(text, ends) for text in net.generate(tokens)]
     with settled(net.model), torch.inference_mode():
+        several = len(set(map(len, prompts))) >= SEVERAL and not net.in_shards
+        if not (several and padding_is_unseen(net, min(prompts, key=len))):
+            return [_until(text, ends) for text in net.generate(tokens)]
         longest = max(len(item.target) for item in tokens)
         written = _all(net, prompts, longest, lambda _, logits: logits.argmax(dim=1), ended, True)
     return [tuple(text) for text in written]

@@ -102,19 +102,16 @@ class _Reader:
         return found
 
     def text(self, longest: int | None = None) -> str:
-        (length,) = self.take("<Q")
-        if length > min(len(self.raw) - self.at, longest or len(self.raw)):
-            raise ValueError(f"a text of {length} bytes at {self.at}")
-        self.at += length
-        return str(self.raw[self.at - length : self.at], "utf-8")
+        return self.texts(1, longest)[0]
 
-    def texts(self, count: int) -> list[str]:
-        """As ``text``, many of them: a vocabulary has hundreds of thousands."""
+    def texts(self, count: int, longest: int | None = None) -> list[str]:
+        """In one loop, as a vocabulary has hundreds of thousands; none takes more than ``longest`` bytes."""
         raw, at, end, found = self.raw, self.at, len(self.raw), []
+        most = end if longest is None else longest
         for _ in range(count):
             (length,) = LENGTH.unpack_from(raw, at)
             start, at = at + LENGTH.size, at + LENGTH.size + length
-            if at > end:
+            if at > end or length > most:
                 raise ValueError(f"a text of {length} bytes at {start}")
             found.append(str(raw[start:at], "utf-8"))
         self.at = at
