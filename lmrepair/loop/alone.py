@@ -1,7 +1,8 @@
-"""Many repairs, each alone: measured and saved in groups, so that few patches are held at once."""
+"""Many repairs, each alone: measured and saved one by one, so that one patch is held at a time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,11 @@ from lmrepair.failures import Failure, Reference, Wordings
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.loop import repair_each
 from lmrepair.loop.outcome import Repair, with_drift
-from lmrepair.measure import Drift, measure_drift
+from lmrepair.loop.untouched import Untouched, read_fully
+from lmrepair.measure import Drift
 from lmrepair.methods import Method
 from lmrepair.model import Net, Progress, Statistics
 from lmrepair.patch import PatchSize
-
-HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
 
 
 def repair_alone(
@@ -32,32 +32,36 @@ def repair_alone(
 ) -> tuple[list[Repair], list[PatchSize], list[Drift], bool]:
     """Repair each failure from the untouched net; patches that repair go into the folder ``target``.
 
-    ``drift`` says how a gate measures KL; what is reported is measured on all of the reference.
+    Every patch's drift is measured on ``reference``: "quick" reads the beginning of each text, "full" all of them.
+    The untouched model reads them once.
 
     Gives the repairs (without their patches), sizes and drifts of all patches made, and whether any was saved.
     """
     made: list[Repair] = []
     sizes: list[PatchSize] = []
     drifts: list[Drift] = []
-    held: list[Repair] = []
     saved = 0
+    untouched = Untouched.of(net, [reference], read_fully(drift))
     for one in repair_each(net, rows, method, statistics=statistics, gate=gate, wordings=wordings, drift=drift):
-        made.append(replace(one, patch=None))
+        repair = _measured(one, untouched, reference)
+        if repair.patch is not None and repair.drift is not None:
+            sizes.append(PatchSize.of(repair.patch))
+            drifts.append(repair.drift)
+            if target is not None and repair.repaired:
+                saved += 1
+                repair.patch.save(target / f"{saved:04d}-{_file_name(repair.outcomes[0].tokens.id)}.safetensors")
+        made.append(replace(repair, patch=None))
         progress("repairs", len(made), len(rows))
-        if one.patch is not None:
-            held.append(one)
-            sizes.append(PatchSize.of(one.patch))
-        if held and (len(made) == len(rows) or sum(size.bytes for size in sizes[-len(held) :]) > HELD):
-            patches = [item.patch for item in held if item.patch is not None]
-            found = measure_drift(net, patches, reference, lambda done, total: progress("drift", done, total))
-            for item, one_drift in zip(held, found, strict=True):
-                patch = with_drift(item, one_drift, reference).patch
-                if target is not None and item.repaired and patch is not None:
-                    saved += 1
-                    patch.save(target / f"{saved:04d}-{_file_name(item.outcomes[0].tokens.id)}.safetensors")
-            drifts += found
-            held = []
     return made, sizes, drifts, saved > 0
+
+
+def _measured(repair: Repair, untouched: Untouched, reference: Reference) -> Repair:
+    if repair.patch is None:
+        return repair
+    began = time.perf_counter()
+    drift = untouched.measure(repair.patch).drift
+    cost = replace(repair.cost, drift_seconds=time.perf_counter() - began)
+    return replace(with_drift(repair, drift, reference), cost=cost)
 
 
 def _file_name(identity: str) -> str:

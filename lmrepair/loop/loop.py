@@ -123,7 +123,10 @@ def repair_each(
     guard = Guard.of(net, gate, None, net.tokenize(failures), full) if gate is not None else None
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
-        yield attempt.result(attempt.patch(net) if attempt.changes else None)
+        began = time.perf_counter()
+        patch = attempt.patch(net) if attempt.changes else None
+        cost = replace(attempt.cost, patch_seconds=time.perf_counter() - began)
+        yield replace(attempt.result(patch), cost=cost)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Tokens written side by side: prompts of several lengths in one pass, rows that have ended left out of the next."""
+"""Tokens written side by side: prompts of several lengths in one pass, rows that have ended left out of the next.
+
+Where it is known what a text should be, it is read several tokens a pass first (as in speculative decoding, the
+wanted text being the draft): only what is not sure to be written so is written token by token.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lmrepair.errors import NotFiniteError
+from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.failures import Tokens
 from lmrepair.model.anatomy import not_finite
+from lmrepair.model.batches import Preference
+from lmrepair.model.head import LOGITS_AT_ONCE
 from lmrepair.model.net import Net, settled
 
 AT_ONCE = 32  # rows side by side
 TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
 SEVERAL = 3  # lengths of prompts from which on that proof costs less than it saves
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values, which go on with any number of tokens
 PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
 
 Prompt = tuple[int, ...]
@@ -38,7 +46,7 @@ def write(
     ``choose``: the next tokens [n] of some rows, from their logits [n, V]. ``ended``: whether a row's tokens are
     all that is wanted of it. Equal prompts are read once. Where padding on the left is proved to change nothing,
     prompts of several lengths run together, else only those of one length. Raises NotFiniteError where the model
-    puts out what nothing can be chosen from.
+    puts out what nothing can be chosen from, ModelError where it keeps no cache.
     """
     with settled(net.model), torch.inference_mode():
         mixed = len(set(map(len, prompts))) > 1 and padding_is_unseen(net, min(prompts, key=len))
@@ -51,20 +59,75 @@ def greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool = False) -> lis
     ``until_wrong``: a text that is not its target ends with the first token that is another. A text ends with the
     first end token, nothing is filled up behind it.
     """
-    prompts, ends = [item.prompt for item in tokens], net.ends
+    with settled(net.model), torch.inference_mode():
+        several = len({len(item.prompt) for item in tokens}) >= SEVERAL and not net.in_shards
+        mixed = several and padding_is_unseen(net, min((item.prompt for item in tokens), key=len))
+        sure = assured(net, tokens, mixed) if until_wrong and not net.in_shards else set()
+        rest = [item for row, item in enumerate(tokens) if row not in sure]
+        written = iter(_greedy(net, rest, until_wrong) if mixed else [_until(t, net.ends) for t in net.generate(rest)])
+        return [item.target if row in sure else next(written) for row, item in enumerate(tokens)]
+
+
+def assured(net: Net, tokens: Sequence[Tokens], mixed: bool) -> set[int]:
+    """Rows whose greedy text is sure to be their target.
+
+    Read with the model's cache, some tokens a pass, every token of it leads by more than what another order of the
+    same sums could turn round, as far as ``padding_is_unseen`` allows; and nothing but its last token ends a text.
+    ``mixed``: prompts of several lengths run together.
+    """
+    rows = [row for row, item in enumerate(tokens) if item.target and not net.ends & set(item.target[:-1])]
+    longest = max((len(tokens[row].target) for row in rows), default=0)
+    prompts = [tokens[row].prompt for row in rows]
+    sure: set[int] = set()
+    for group in together(prompts, longest, net.anatomy.context, mixed):
+        sure |= _assured(net, {rows[at]: tokens[rows[at]] for at in group})
+    return sure
+
+
+def _assured(net: Net, tokens: Mapping[int, Tokens]) -> set[int]:
+    """Of one group."""
+    ids, mask = _padded([item.prompt for item in tokens.values()], net.pad)
+    lengths = torch.tensor([len(item.target) for item in tokens.values()])
+    longest = int(lengths.max())
+    wanted = torch.tensor([[*item.target, *[net.pad] * (longest - len(item.target))] for item in tokens.values()])
+    logits, cache = _read(net, ids, mask, None)
+    leads = [_leads(logits, wanted[:, :1])]
+    if longest > 1 and any(type(layer) not in PLAIN for layer in getattr(cache, "layers", [None])):
+        return set()
+    step = max(1, LOGITS_AT_ONCE // net.anatomy.vocabulary // len(tokens))
+    for start in range(0, longest - 1, step):
+        read = wanted[:, start : min(start + step, longest - 1)]
+        mask = torch.cat([mask, torch.ones_like(read)], dim=1)
+        logits, cache = _read(net, read, mask, cache, read.shape[1])
+        leads.append(_leads(logits, wanted[:, start + 1 : start + 1 + read.shape[1]]))
+    over = torch.arange(longest) >= lengths[:, None]
+    held = (torch.cat(leads, dim=1) | over).all(dim=1).tolist()
+    return {row for row, holds in zip(tokens, held, strict=True) if holds}
+
+
+def _leads(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Whether the wanted tokens [n, t] lead beyond doubt, of logits [n, t, V]."""
+    flat = logits.flatten(0, 1)
+    gap = Preference.of(flat, wanted.flatten().to(flat.device)).gap
+    return (gap < -_allowed(flat)).reshape(wanted.shape).cpu()
+
+
+def _allowed(logits: Tensor) -> float:
+    """By how much logits may be other in another order of the same sums."""
+    return math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.abs().max())
+
+
+def _greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool) -> list[tuple[int, ...]]:
+    """Token by token, prompts of several lengths side by side."""
 
     def ended(row: int, made: list[int]) -> bool:
         target = tokens[row].target
         wrong = until_wrong and made[-1] != target[len(made) - 1]
-        return wrong or len(made) == len(target) or made[-1] in ends
+        return wrong or len(made) == len(target) or made[-1] in net.ends
 
-    with settled(net.model), torch.inference_mode():
-        several = len(set(map(len, prompts))) >= SEVERAL and not net.in_shards
-        if not (several and padding_is_unseen(net, min(prompts, key=len))):
-            return [_until(text, ends) for text in net.generate(tokens)]
-        longest = max(len(item.target) for item in tokens)
-        written = _all(net, prompts, longest, lambda _, logits: logits.argmax(dim=1), ended, True)
-    return [tuple(text) for text in written]
+    longest = max((len(item.target) for item in tokens), default=0)
+    prompts = [item.prompt for item in tokens]
+    return [tuple(text) for text in _all(net, prompts, longest, lambda _, logits: logits.argmax(dim=1), ended, True)]
 
 
 def _until(text: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
@@ -119,8 +182,7 @@ def padding_is_unseen(net: Net, prompt: Prompt) -> bool:
     ids = torch.tensor([[net.pad] * PROOF + list(some)])
     _, cache = _read(net, ids[:, :-1], mask[:, :-1], None)
     late, _ = _read(net, ids[:, -1:], mask, cache)
-    allowed = math.sqrt(torch.finfo(alone.dtype).eps) * float(alone.abs().max())
-    return float((late - alone).abs().max()) <= allowed
+    return float((late - alone).abs().max()) <= _allowed(alone)
 
 
 def _write(
@@ -135,9 +197,13 @@ def _write(
     logits, cache = _read(net, ids, mask, None)
     kept = torch.tensor([different.index(prompts[row]) for row in rows])
     logits, mask = logits[kept.to(net.device)], mask[kept]
+    if cache is None:
+        raise ModelError(
+            "the model hands on no cache of what it has read; expected one (past_key_values) to write with"
+        )
     cache.reorder_cache(kept.to(net.device))
     for left in range(room - 1, -1, -1):
-        tokens = choose(rows, logits).cpu()
+        tokens = choose(rows, logits[:, -1]).cpu()
         for row, token in zip(rows, tokens.tolist(), strict=True):
             made[row].append(token)
         kept = torch.tensor([at for at, row in enumerate(rows) if not ended(row, made[row])], dtype=torch.long)
@@ -150,14 +216,14 @@ def _write(
         logits, cache = _read(net, tokens[kept, None], mask, cache)
 
 
-def _read(net: Net, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits [n, V] behind the last of the tokens [n, t], and the cache; ``mask`` [n, T] is of all tokens so far."""
+def _read(net: Net, ids: Tensor, mask: Tensor, cache: Any, shown: int = 1) -> tuple[Tensor, Any]:
+    """Logits [n, shown, V] behind the last of the tokens [n, t], and the cache; ``mask`` [n, T] is of all so far."""
     named: dict[str, Any] = {}
     if "position_ids" in inspect.signature(net.model.forward).parameters:
         named["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(net.device)
 
     def last(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0][:, -1:], *given[1:])
+        return (given[0][:, -shown:], *given[1:])
 
     handle = net.anatomy.head.register_forward_pre_hook(last)
     try:
@@ -170,10 +236,10 @@ def _read(net: Net, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]
         )
     finally:
         handle.remove()
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits[:, -shown:]
     if not bool(logits.amax(dim=-1).isfinite().all()):
         raise NotFiniteError(not_finite("", net.dtype))
-    return logits, output.past_key_values
+    return logits, getattr(output, "past_key_values", None)
 
 
 def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:

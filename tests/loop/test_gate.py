@@ -36,6 +36,7 @@ from lmrepair.failures import shipped
 from lmrepair.failures.tokens import Tokens
 from lmrepair.loop import loop
 from lmrepair.loop.judge import GRID, RESOLUTION, Guard, Scaled, Verdict, needed_scales
+from lmrepair.model import writing
 from lmrepair.model.edit import Change, LowRank, Product, Trial, patched, same_bits
 from lmrepair.model.statistics import windows
 
@@ -286,6 +287,7 @@ def test_what_is_called_repaired_holds_in_greedy_text_at_the_scale_that_is_kept(
         made = real(tokens)
         return [(0, *text[1:]) if other and item == spoilt else text for item, text in zip(tokens, made, strict=True)]
 
+    monkeypatch.setattr(writing, "assured", lambda *_: set())  # all is written token by token
     monkeypatch.setattr(net, "generate", generate)
     result = repair(net, FAILURES[:2], method, ONE, gate=Gate(most, (ONE,), solves=1))
     assert result.gate is not None
@@ -313,6 +315,7 @@ def test_what_must_stay_is_written_freely_too(remembered: bool, monkeypatch: pyt
         made = zip(tokens, real(tokens), strict=True)
         return [(0, *text[1:]) if patched and item.prompt == spoilt.prompt else text for item, text in made]
 
+    monkeypatch.setattr(writing, "assured", lambda *_: set())  # all is written token by token
     monkeypatch.setattr(net, "generate", generate)
     result = repair(net, FAILURES[1:3], STAR, ONE, gate=gate)
     assert result.gate is not None

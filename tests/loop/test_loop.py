@@ -15,11 +15,12 @@ from oracle_models import FAILURES, TEXT, State, bold_star
 
 from lmrepair import Failure, FailuresError, Method, MinKl, Net, Sgd, Star, diagnose, load, read_failures, repair
 from lmrepair.errors import NotFiniteError
-from lmrepair.failures import kindred
+from lmrepair.failures import Reference, kindred
 from lmrepair.failures.forms import Template
 from lmrepair.failures.tokens import Tokens
 from lmrepair.loop import loop, repair_alone, solver
 from lmrepair.loop.loop import repair_each
+from lmrepair.loop.untouched import Untouched
 from lmrepair.methods import DEFAULT, base, method_named
 from lmrepair.methods.base import Problem, Step
 from lmrepair.model import Statistics, statistics_of
@@ -291,6 +292,13 @@ def test_patches_made_alone_are_saved_under_short_names(tmp_path: Path) -> None:
     assert not any(one.patch for one in made)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["0001-a_b_c" + "x" * 35 + ".safetensors", "0002-second.safetensors"]
+    long = Reference("long", (TEXT.texts[0] * 3,))
+    for drift, read in (("quick", 15), ("full", len(net.tokenizer(long.texts[0])["input_ids"]) - 1)):
+        [one], _, [found], _ = repair_alone(net, failures[:1], STAR, long, tmp_path / drift, loop.quiet, drift=drift)
+        patch = Patch.load(next((tmp_path / drift).iterdir()))
+        assert found.tokens == patch.made.drift["tokens"] == read
+        assert one.drift == found == Untouched.of(net, [long], drift == "full").measure(patch).drift
+        assert one.cost.drift_seconds > 0 < one.cost.patch_seconds
     nothing = repair_alone(net, [answered(net)], STAR, TEXT, tmp_path / "none", loop.quiet)
     assert nothing[1:] == ([], [], False)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from oracle_models import net as tiny, tokenizer
 from torch import Tensor
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
 import lmrepair.model.writing as writing
 from lmrepair import Net
 from lmrepair.errors import NotFiniteError
 from lmrepair.failures import Tokens
 from lmrepair.model import settled
-from lmrepair.model.writing import greedy, padding_is_unseen, together, write
+from lmrepair.model.writing import assured, greedy, padding_is_unseen, together, write
 
 PROMPTS = [(0, 9, 12, 30, 41, 7), (0, 50), (0, 9, 12), (0, 50), (0, 33, 21, 8, 8, 8, 40, 12, 71, 5, 6)]
 
@@ -116,6 +117,12 @@ def test_layers_with_a_state_in_place_of_keys_run_side_by_side_too() -> None:
     net = Net(Lfm2ForCausalLM(config).eval(), tokenizer())
     found = write(net, PROMPTS, 6, best, until(lambda row: 6 - row))
     assert found == [alone(net, prompt, 6 - row) for row, prompt in enumerate(PROMPTS)]
+    tokens = [
+        Tokens(str(row), prompt, tuple(text)) for row, (prompt, text) in enumerate(zip(PROMPTS, found, strict=True))
+    ]
+    net.model.generation_config.eos_token_id = None
+    assert sure(net, tokens, False) == set()  # a state does not go on with several tokens
+    assert greedy(net, tokens, until_wrong=True) == [item.target for item in tokens]
 
 
 @pytest.mark.parametrize("until_wrong", [True, False])
@@ -143,16 +150,93 @@ def test_greedy_text_is_that_of_the_models_own_generation(
     assert [found[at] for at in (0, 2, 3, 4)] == [wanted[at] for at in (0, 2, 3, 4)]
     assert found[1] == wanted[1][: 2 if until_wrong else 5]
     assert [len(found[at]) for at in (2, 4)] == ([1, 4] if end == 123 else [2, 6])
-    assert len(passes) == 3 + 6  # the proof, and a pass a token
+    if not until_wrong:
+        assert len(passes) == 3 + 6  # the proof, and a pass a token
+
+
+def greedy_tokens(net: Net) -> list[Tokens]:
+    """The prompts with what the net writes behind them, of several lengths."""
+    return [Tokens(str(at), prompt, tuple(alone(net, prompt, 7 - at))) for at, prompt in enumerate(PROMPTS)]
+
+
+def sure(net: Net, tokens: Sequence[Tokens], mixed: bool) -> set[int]:
+    with torch.inference_mode():
+        return assured(net, tokens, mixed)
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 0])
+def test_wanted_text_is_read_some_tokens_a_pass(net: Net, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "LOGITS_AT_ONCE", at_once)
+    tokens = greedy_tokens(net)
+    net.model.generation_config.eos_token_id = None
+    sizes: list[tuple[int, ...]] = []
+    handle = net.model.get_input_embeddings().register_forward_hook(lambda _, given, __: sizes.append(given[0].shape))
+    assert greedy(net, tokens, until_wrong=True) == [item.target for item in tokens]
+    handle.remove()
+    longest = max(map(len, PROMPTS))
+    assert sizes[3:] == [(5, longest), *([(5, 6)] if at_once else [(5, 1)] * 6)]
+
+
+def test_what_is_not_sure_to_be_written_is_written(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong token in front, in the middle, at the end; an end of the text in the middle; a near tie."""
+    tokens = greedy_tokens(net)
+    net.model.generation_config.eos_token_id = None
+    assert sure(net, tokens, True) == sure(net, tokens, False) == {0, 1, 2, 3, 4}
+    for at, place in enumerate((0, 2, 4)):
+        ids = list(tokens[at].target)
+        ids[place] = (ids[place] + 1) % 90
+        tokens[at] = replace(tokens[at], target=tuple(ids))
+    assert sure(net, tokens, True) == sure(net, tokens, False) == {3, 4}
+    asked: list[str] = []
+    own = net.generate
+    monkeypatch.setattr(writing, "padding_is_unseen", lambda *_: False)
+    monkeypatch.setattr(Net, "generate", lambda _, rest: asked.extend(item.id for item in rest) or own(rest))
+    found = greedy(net, tokens, until_wrong=True)
+    assert asked == ["0", "1", "2"]
+    assert [text == item.target for text, item in zip(found, tokens, strict=True)] == [False] * 3 + [True] * 2
+    net.model.generation_config.eos_token_id = tokens[3].target[1]
+    assert 3 not in sure(net, tokens, False)
+    net.model.generation_config.eos_token_id = tokens[4].target[-1]
+    assert (4 in sure(net, tokens, False)) == (tokens[4].target[-1] not in tokens[4].target[:-1])
+
+
+def test_a_lead_that_rounding_could_turn_is_not_sure(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = greedy_tokens(net)
+    leads = []
+    with torch.no_grad():
+        for item in tokens:
+            logits = net.model(torch.tensor([item.ids])).logits[0, len(item.prompt) - 1 : -1]
+            best = logits.topk(2, dim=1).values
+            leads.append(float((best[:, 0] - best[:, 1]).min()))
+    net.model.generation_config.eos_token_id = None
+    for between in sorted(leads):
+        monkeypatch.setattr(writing, "_allowed", lambda _, between=between: between + 1e-4)
+        assert sure(net, tokens, True) == {row for row, lead in enumerate(leads) if lead > between + 1e-4}
+    monkeypatch.undo()
+    assert writing._allowed(torch.tensor([1.0, -4.0])) == pytest.approx(4 * 2**-11.5)
+    assert writing._allowed(torch.tensor([1.0, -4.0]).bfloat16()) == pytest.approx(4 * 2**-3.5)
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_a_sliding_window_is_no_hindrance(window: int) -> None:
+    config = MistralConfig(
+        vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Net(MistralForCausalLM(config).eval(), tokenizer())
+    tokens = greedy_tokens(net)
+    net.model.generation_config.eos_token_id = None
+    assert sure(net, tokens, False) == {0, 1, 2, 3, 4}
 
 
 def test_few_lengths_and_what_padding_moves_are_left_to_the_models_own_generation(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(Net, "generate", lambda _, tokens: asked.append(len(tokens)) or [])
+    monkeypatch.setattr(Net, "generate", lambda _, tokens: asked.append(len(tokens)) or [(7,)] * len(tokens))
     several = [Tokens(str(at), prompt, (5,)) for at, prompt in enumerate(PROMPTS)]
-    assert greedy(net, several[1:4]) == []  # two lengths
+    assert greedy(net, several[1:4]) == [(7,)] * 3  # two lengths
     monkeypatch.setattr(writing, "padding_is_unseen", lambda *_: False)
-    assert greedy(net, several) == []
+    assert greedy(net, several) == [(7,)] * 5
     assert asked == [3, 5]

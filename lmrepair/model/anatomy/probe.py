@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lmrepair.errors import ModelError
 from lmrepair.model.anatomy.gathered import owners
@@ -81,6 +82,10 @@ class Probe:
         """Whether a part saw every token, once."""
         return len(self.clean.get(part, ())) == 1 and by_position(self.clean[part][0].given) is not None
 
+    def _known(self, part: nn.Module) -> bool:
+        """Whether what a part puts out again can be handed on as it is: a matrix that is here whole."""
+        return part not in self.routed and not isinstance(part.weight, DTensor)
+
     def _parts(self, block: nn.Module) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
@@ -115,33 +120,38 @@ class Probe:
         """The calls of the blocks and their parts, each block on its own, with some parts' outputs changed.
 
         ``held``: every part puts out what it did in the first run, so that a change reaches only what
-        reads it directly. ``stream`` changes what the blocks are given. The head, of which nobody asks anything here
-        and which may be most of the model, puts out nothing.
+        reads it directly; a matrix whose output is known is not multiplied with. ``stream`` changes what the blocks
+        are given. The head, of which nobody asks anything here and which may be most of the model, puts out nothing.
         """
         found: dict[nn.Module, list[Seen]] = {}
         parts = dict.fromkeys(part for block in blocks for part in self.parts[block].values())
 
+        def again(part: nn.Module) -> Tensor:
+            before = self.clean[part]
+            return before[min(len(found.get(part, ())), len(before) - 1)].made
+
         def inner(part: nn.Module, seen: Seen) -> Tensor | None:
-            calls = found.setdefault(part, [])
-            before = self.clean[part][min(len(calls), len(self.clean[part]) - 1)].made
-            calls.append(seen)
+            before = again(part)
+            found.setdefault(part, []).append(seen)
             made = (before if held and before.shape == seen.made.shape else seen.made).clone()
             return changes[part](made) if part in changes else made
 
         def isolate(block: nn.Module, seen: Seen) -> Tensor:
-            calls = found.setdefault(block, [])
-            calls.append(seen)
-            return self.clean[block][min(len(calls), len(self.clean[block])) - 1].made.clone()
+            before = again(block)
+            found.setdefault(block, []).append(seen)
+            return before.clone()
 
         with ExitStack() as hooks:
             for part in parts:
                 if part in self.clean:
                     hooks.enter_context(_hooked(part, inner))
+                if held and self._known(part):
+                    hooks.enter_context(_instead(part, lambda *_, part=part, **__: again(part)))
             for block in dict.fromkeys(blocks):
                 hooks.enter_context(_hooked(block, isolate))
                 if stream is not None:
                     hooks.enter_context(_fed(block, stream))
-            hooks.enter_context(_left_out(self.head))
+            hooks.enter_context(_instead(self.head, lambda given, *_, **__: given[..., :1]))
             self.forward(self.ids)
         return found
 
@@ -230,11 +240,11 @@ def _hooked(part: nn.Module, see: Callable[[nn.Module, Seen], Tensor | None]) ->
 
 
 @contextmanager
-def _left_out(part: nn.Module) -> Iterator[None]:
-    """Have a module return a number of what it is given instead of its work."""
+def _instead(part: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Have a module call ``forward`` instead of doing its work."""
     own: dict[str, Any] = vars(part)
     kept = {"forward": own["forward"]} if "forward" in own else {}
-    own["forward"] = lambda given, *_, **__: given[..., :1]
+    own["forward"] = forward
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
@@ -59,6 +59,7 @@ def parsed_once() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     changed = (
+        *_newer_reader(),
         (gguf, "GGUFReader", lambda reader: cache(_with_plain_arrays(reader, whole=True))),
         (gguf, "get_tensor_name_map", cache),
         (gguf, "dequantize", _in_wide_rows),
@@ -73,6 +74,17 @@ def parsed_once() -> Iterator[None]:
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
+
+
+def _newer_reader() -> tuple[tuple[Any, str, Callable[[Any], Any]], ...]:
+    """Newer transformers has a reader of its own, which cuts a vocabulary text by text out of a mapped array: out of
+    a plain view of the same bytes that takes a fifth of the time."""
+    try:
+        from transformers.integrations.gguf import reader
+    except ImportError:
+        return ()
+
+    return ((reader, "_mapped", lambda mapped: lambda path: memoryview(mapped(path))),)
 
 
 def _with_plain_arrays(reader: Any, whole: bool = False) -> Any:
