@@ -161,7 +161,7 @@ def traits(model: Any) -> list[str]:
 
 def looks(net: Net, failure: Failure) -> list[str]:
     """The same of what was placed: what follows the head, biases, widths, the norms of a block."""
-    head = Head.of(net, net.batches(net.tokenize([failure]))[0])
+    head = Head.of(net, net.tokenize([failure])[0])
     places = [net.model.get_submodule(name) for name in net.anatomy.names]
     block = net.model.get_submodule(re.split(r"(\.\d+)\.", net.anatomy.names[0], maxsplit=1)[0] + ".0")
     gains = [getattr(part, "weight", None) for part in block.modules()]

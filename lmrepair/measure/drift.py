@@ -114,7 +114,7 @@ def perplexity(entropy: float) -> float:
 
 def text_batches(net: Net, texts: Sequence[Tokens], head: Head | None = None) -> tuple[Head, list[Batch]]:
     """The texts in batches of a size that can be kept, and the way from states to logits (found out, if not given)."""
-    head = head or Head.of(net, net.batches(texts[:1])[0])
+    head = head or Head.of(net, texts[0])
     at_once = max(WINDOW, head.positions) if head.whole else TOKENS_AT_ONCE
     return head, net.batches(texts, at_once)
 

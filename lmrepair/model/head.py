@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmrepair.failures import Tokens
 from lmrepair.model.batches import Batch
 from lmrepair.model.net import Net
 
@@ -30,11 +31,11 @@ class Head:
     whole: bool = False
 
     @staticmethod
-    def of(net: Net, batch: Batch) -> Head:
-        """The form whose logits are the model's at the first positions of a batch."""
+    def of(net: Net, text: Tokens) -> Head:
+        """The form whose logits are the model's at the first positions of a text."""
+        (batch,) = net.batches([replace(text, target=text.target[:PROBE])])
         with torch.inference_mode():
-            rows = batch.rows[:PROBE]
-            told, states = net.logits_and_states(batch, rows)
+            told, states = net.logits_and_states(batch)
             raw, wanted = net.alone(net.anatomy.head, states)[0].double(), told.double()
         config: Any = net.model.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None) or 0.0

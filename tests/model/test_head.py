@@ -51,8 +51,15 @@ def made(form: str) -> Net:
 @pytest.mark.parametrize("form", ["plain", "cap", "scale", "else"])
 def test_logits_of_states_are_the_models_own(form: str) -> None:
     net = made(form)
-    (batch,) = net.batches([Tokens("a", (0, 5), (9, 17, 30)), Tokens("b", (0,), (40, 41, 42, 43, 44, 45, 46))])
-    head = Head.of(net, batch)
+    long = Tokens("b", (0,), (40, 41, 42, 43, 44, 45, 46))
+    (batch,) = net.batches([Tokens("a", (0, 5), (9, 17, 30)), long])
+    seen_at_once: list[tuple[int, ...]] = []
+    handle = net.model.get_input_embeddings().register_forward_hook(
+        lambda _, ids, __: seen_at_once.append(ids[0].shape)
+    )
+    head = Head.of(net, Tokens("c", long.prompt, long.target * 9))
+    handle.remove()
+    assert seen_at_once == [(1, 9)]  # the first positions of a text, however long it is
     assert (head.cap, head.scale != 1, head.whole) == {
         "plain": (0.0, False, False),
         "cap": (3.0, False, False),

@@ -117,6 +117,6 @@ def _places(net: Net) -> Places:
 
 def _logits(net: Net) -> Logits:
     text = Tokens("probe", (net.pad,), tuple(range(min(8, net.anatomy.vocabulary))))
-    head = Head.of(net, net.batches([text])[0])
+    head = Head.of(net, text)
     tied = weight(net.anatomy.head).data_ptr() == net.model.get_input_embeddings().weight.data_ptr()
     return Logits(net.anatomy.vocabulary, tied, head.scale, head.cap, not head.whole)

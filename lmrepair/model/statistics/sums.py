@@ -78,7 +78,7 @@ class Sums:
         outputs = {layer: Sum(kind_for(asked.outputs, (net.hidden,))) for layer in range(net.layers)}
         generator = torch.Generator(net.device).manual_seed(seed)
         with settled(net.model):
-            head = Head.of(net, net.batches(tokens[:1])[0])
+            head = Head.of(net, tokens[0])
         return Sums(net, net.batches(tokens, READ_AT_ONCE), inputs, outputs, head, kept, generator, asked.weighted)
 
     def read(self) -> Iterator[tuple[int, int]]:
