@@ -26,6 +26,7 @@ AT_ONCE = 32  # rows side by side
 TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
 SEVERAL = 3  # lengths of prompts from which on that proof costs less than it saves
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values, which go on with any number of tokens
+PLACES = 64  # units in the last place; 22 at most were seen between one token a pass and several (135 and 270 M)
 PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
 
 Prompt = tuple[int, ...]
@@ -72,8 +73,8 @@ def assured(net: Net, tokens: Sequence[Tokens], mixed: bool) -> set[int]:
     """Rows whose greedy text is sure to be their target.
 
     Read with the model's cache, some tokens a pass, every token of it leads by more than what another order of the
-    same sums could turn round, as far as ``padding_is_unseen`` allows; and nothing but its last token ends a text.
-    ``mixed``: prompts of several lengths run together.
+    same sums could turn round, and nothing but its last token ends a text. ``mixed``: prompts of several lengths run
+    together.
     """
     rows = [row for row, item in enumerate(tokens) if item.target and not net.ends & set(item.target[:-1])]
     longest = max((len(tokens[row].target) for row in rows), default=0)
@@ -109,12 +110,14 @@ def _leads(logits: Tensor, wanted: Tensor) -> Tensor:
     """Whether the wanted tokens [n, t] lead beyond doubt, of logits [n, t, V]."""
     flat = logits.flatten(0, 1)
     gap = Preference.of(flat, wanted.flatten().to(flat.device)).gap
-    return (gap < -_allowed(flat)).reshape(wanted.shape).cpu()
+    return (gap < -_blur(flat)).reshape(wanted.shape).cpu()
 
 
-def _allowed(logits: Tensor) -> float:
-    """By how much logits may be other in another order of the same sums."""
-    return math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.abs().max())
+def _blur(logits: Tensor) -> float:
+    """What another order of the same sums may move logits by: PLACES units in the last place of the largest, but no
+    more of it than ``padding_is_unseen`` allows."""
+    eps = torch.finfo(logits.dtype).eps
+    return min(PLACES * eps, math.sqrt(eps)) * float(logits.abs().max())
 
 
 def _greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool) -> list[tuple[int, ...]]:
@@ -182,7 +185,8 @@ def padding_is_unseen(net: Net, prompt: Prompt) -> bool:
     ids = torch.tensor([[net.pad] * PROOF + list(some)])
     _, cache = _read(net, ids[:, :-1], mask[:, :-1], None)
     late, _ = _read(net, ids[:, -1:], mask, cache)
-    return float((late - alone).abs().max()) <= _allowed(alone)
+    allowed = math.sqrt(torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+    return float((late - alone).abs().max()) <= allowed
 
 
 def _write(

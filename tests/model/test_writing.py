@@ -210,11 +210,11 @@ def test_a_lead_that_rounding_could_turn_is_not_sure(net: Net, monkeypatch: pyte
             leads.append(float((best[:, 0] - best[:, 1]).min()))
     net.model.generation_config.eos_token_id = None
     for between in sorted(leads):
-        monkeypatch.setattr(writing, "_allowed", lambda _, between=between: between + 1e-4)
+        monkeypatch.setattr(writing, "_blur", lambda _, between=between: between + 1e-4)
         assert sure(net, tokens, True) == {row for row, lead in enumerate(leads) if lead > between + 1e-4}
     monkeypatch.undo()
-    assert writing._allowed(torch.tensor([1.0, -4.0])) == pytest.approx(4 * 2**-11.5)
-    assert writing._allowed(torch.tensor([1.0, -4.0]).bfloat16()) == pytest.approx(4 * 2**-3.5)
+    assert writing._blur(torch.tensor([1.0, -4.0])) == 4 * 64 * 2**-23
+    assert writing._blur(torch.tensor([1.0, -4.0]).bfloat16()) == pytest.approx(4 * 2**-3.5)
 
 
 @pytest.mark.parametrize("window", [3, 64])
