@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -27,7 +28,7 @@ from lmrepair.methods.maths.margins import read_margins
 from lmrepair.methods.maths.spans import directions, shared_out
 from lmrepair.methods.minkl import KEEP, KEPT, SHARED, WIDEN
 from lmrepair.methods.star import Star
-from lmrepair.model.batches import Sites
+from lmrepair.model.batches import Preference, Sites
 from lmrepair.model.edit import LowRank, Product, Trial
 from lmrepair.model.net import settled
 from lmrepair.model.statistics import gather
@@ -220,6 +221,47 @@ def test_what_holds_by_itself_gets_no_weight() -> None:
     # The first pulls the second along and pushes the third, which then needs weight of its own.
     found = not_negative(matrix, torch.tensor([1.0, 0.4, -0.1], dtype=torch.float64))
     assert torch.allclose(found, torch.tensor([0.95 / 1.5, 0.0, 0.4 / 1.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "wanted"),
+    [
+        ([[9.0, -9.0, -7.0], [-9.0, 14.0, 13.0], [-7.0, 13.0, 13.0]], [5.0, -4.0, -1.0]),
+        ([[17.0, 26.0, -14.0], [26.0, 41.0, -19.0], [-14.0, -19.0, 17.0]], [4.0, 4.0, -5.0]),
+    ],
+)
+def test_sets_that_change_sides_in_a_circle_come_to_an_end(matrix: list[list[float]], wanted: list[float]) -> None:
+    """With whole sets alone these two never end (found by trying small integers)."""
+    system, asked = torch.tensor(matrix, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    found = not_negative(system, asked)
+    assert torch.allclose(found, oracle_minkl.least(system, asked), atol=1e-9)
+
+
+def test_whole_sets_change_sides_while_fewer_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(80, 80, generator=generator, dtype=torch.float64)
+    wanted = torch.randn(80, generator=generator, dtype=torch.float64)
+    sizes: list[int] = []
+    own = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: sizes.append(len(matrix)) or own(matrix))
+    assert int((not_negative(roots @ roots.T, wanted) > 0).sum()) == sizes[-1]
+    assert len(sizes) <= 12  # one by one it would be dozens
+
+
+@pytest.mark.parametrize(("failures", "steps", "read"), [(1, 4, [1, 0, 0]), (1, 5, [1, 1, 0]), (2, 1, [1, 1, 0])])
+def test_of_a_failure_alone_only_what_is_open_is_read_at_first(failures: int, steps: int, read: list[int]) -> None:
+    """Afterwards, and of several failures, all that is below its aim."""
+    net = oracle_models.net()
+    (batch,) = net.batches([Tokens("t", (0, 5), (9, 17, 30))])
+    items: Any = tuple(SimpleNamespace(rows=torch.tensor([], dtype=torch.long)) for _ in range(failures))
+    metric: Any = None
+    state = Linearised(
+        metric, {}, {}, {}, aims=torch.full((3,), 4.6), floors=torch.full((3,), 3.0), items=items, steps=steps
+    )
+    gap = torch.tensor([-1.0, -4.0, -9.0])
+    opened, chosen = state.open(batch, Preference(torch.zeros(3), gap, torch.zeros(3)), slice(0, 3))
+    assert opened.tolist() == [True, False, False]
+    assert chosen.int().tolist() == read
 
 
 # --- one step -------------------------------------------------------------------------------------
