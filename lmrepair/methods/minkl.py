@@ -144,9 +144,7 @@ class MinKl(Targeted):
         return self._aimed(problem, state)
 
     def _aimed(self, problem: Problem, state: Linearised) -> Linearised:
-        from lmrepair.methods.maths import tie_in
-
-        return state.aimed(problem.reading.preference.gap, self.margin, self._asked, tie_in(problem.net.dtype))
+        return state.aimed(problem.reading.preference.gap, self.margin, self._asked)
 
     def _chosen(
         self, problem: Problem, state: Linearised, factors: Sequence[Factors], weights: Tensor

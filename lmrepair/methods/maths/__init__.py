@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         scaled as scaled,
     )
     from lmrepair.methods.maths.dual import kernel as kernel, system_of as system_of, weights_for as weights_for
-    from lmrepair.methods.maths.linearised import Linearised as Linearised, Used as Used, tie_in as tie_in
+    from lmrepair.methods.maths.linearised import Linearised as Linearised, Used as Used
     from lmrepair.methods.maths.margins import Factors as Factors, Margins as Margins, read_margins as read_margins
     from lmrepair.methods.maths.optimiser import (
         Moments as Moments,

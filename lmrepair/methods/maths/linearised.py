@@ -17,13 +17,9 @@ AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little bey
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
 PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
 STAY = 0.5  # share of its margin that a position keeps that was right
-LARGE, COARSE = 64, 1e-5  # logits of that size are rounded by LARGE·eps; of no account in dtypes finer than COARSE
-
-
-def tie_in(dtype: torch.dtype) -> float:
-    """By how many logits a token may be ahead in one way of reading a text and not in another (with the cache)."""
-    eps = torch.finfo(dtype).eps
-    return LARGE * eps if eps > COARSE else 0.0
+# Share of the margin that a position which was right is to have, and a half of it at least: half a logit at margin 3,
+# bfloat16's step at 64, so that what was ahead by less is ahead in another dtype or engine too.
+FIRM = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -71,14 +67,12 @@ class Linearised:
         inverses = {layer: metric.restricted(layer, columns[layer].cpu()[chosen[layer]]) for layer in columns}
         return Linearised(metric, columns, chosen, inverses)
 
-    def aimed(self, gap: Tensor, margin: float, asked: float, tie: float = 0.0) -> Linearised:
-        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that.
-
-        What is right by less than a ``tie``, which greedy decoding may turn round, is to rise out of it.
-        """
+    def aimed(self, gap: Tensor, margin: float, asked: float) -> Linearised:
+        """Mistakes are to rise a little beyond the margin; what was right is to stay as it was, up to that, or to
+        become firm."""
         aim = AIM * margin + SPARE
         right = gap < -asked
-        aims = (-gap).clamp(min=min(tie / STAY, aim), max=aim).where(right, aim)
+        aims = (-gap).clamp(min=FIRM * margin, max=aim).where(right, aim)
         return replace(self, aims=aims, floors=(aims * STAY).where(right, margin).clamp(max=margin))
 
     @property
