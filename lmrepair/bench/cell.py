@@ -30,7 +30,7 @@ from lmrepair.bench.records import (
     patch_data,
     point_data,
 )
-from lmrepair.diagnosis import diagnose
+from lmrepair.diagnosis import first_failing
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
@@ -54,7 +54,6 @@ from lmrepair.model import WINDOW, Net, Statistics, load, statistics_of
 from lmrepair.patch import Patch
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
-ROWS_AT_ONCE = 32
 SHORTEST = 32  # tokens that are read of each reference text, at least
 
 
@@ -162,13 +161,7 @@ def _task(spec: DataSpec, path: Path) -> list[Failure]:
 
 
 def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Failure]:
-    """The first rows that the model makes a mistake on, read a few at a time."""
-    failing: list[Failure] = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        failing += [row for row, item in zip(part, diagnose(net, part), strict=True) if item.mistakes]
-        if len(failing) >= most:
-            return failing[:most]
+    failing = first_failing(net, rows, most)
     if not failing:
         raise FailuresError(f"{file}: the model makes no mistake on any of its {len(rows)} rows")
     return failing

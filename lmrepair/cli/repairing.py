@@ -118,7 +118,7 @@ def repair(
     target = output or (None if alone else Path(f"{_stem(failures)}.patch.safetensors"))
     refuse_unwritable(target, alone)
     base = served_base(served_as, model, alone)
-    from lmrepair.diagnosis import diagnose as find
+    from lmrepair.diagnosis import first_failing
     from lmrepair.failures import read_reference
     from lmrepair.loop import drawn_wordings, repair as repair_together, repair_alone
     from lmrepair.patch import PatchSize
@@ -132,7 +132,7 @@ def repair(
     fits = fitting(free_for(net), lambda room: solve_advice(net, net.tokenize(rows), chosen, alone, room))
     wordings = drawn_wordings(net, paraphrases, prefixes, loading.seed) if paraphrases or prefixes else None
     if failing is not None:
-        rows = [row for row, found in zip(rows, find(net, rows), strict=True) if found.mistakes][:failing]
+        rows = first_failing(net, rows, failing)
     served: dict[str, Any] | None = None
     clock.part("other")
     with fits, progress_bars() as progress:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Mistake as Mistake,
         diagnose as diagnose,
         diagnoses as diagnoses,
+        first_failing as first_failing,
     )
 
 __getattr__, __dir__ = door(__name__)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from lmrepair.failures import Failure, Tokens
 from lmrepair.model import TOKENS_AT_ONCE, Batch, Net, Preference, settled
 
+ROWS_AT_ONCE = 32  # failures looked at before it is asked whether there are enough
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -47,6 +49,17 @@ def diagnose(net: Net, failures: Sequence[Failure | Tokens], at_once: int = TOKE
     with settled(net.model):
         batches = net.batches(tokens, at_once)
         return diagnoses(batches, net.prefer(batches))
+
+
+def first_failing(net: Net, failures: Sequence[Failure], most: int) -> list[Failure]:
+    """The first failures that the net makes a mistake on, at most so many; read a few at a time, no further."""
+    found: list[Failure] = []
+    for start in range(0, len(failures), ROWS_AT_ONCE):
+        part = failures[start : start + ROWS_AT_ONCE]
+        found += [row for row, item in zip(part, diagnose(net, part), strict=True) if item.mistakes]
+        if len(found) >= most:
+            break
+    return found[:most]
 
 
 def diagnoses(batches: Sequence[Batch], preference: Preference, margin: float = 0.0) -> list[Diagnosis]:

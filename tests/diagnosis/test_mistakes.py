@@ -10,7 +10,8 @@ from hypothesis import given, strategies as st
 from oracle_models import FAILURES
 
 from lmrepair import Diagnosis, Failure, Mistake, Net, diagnose
-from lmrepair.diagnosis.mistakes import diagnoses
+from lmrepair.diagnosis import mistakes
+from lmrepair.diagnosis.mistakes import diagnoses, first_failing
 from lmrepair.failures.tokens import Tokens
 from lmrepair.model.batches import Preference
 
@@ -28,6 +29,23 @@ def half_right(net: Net) -> Tokens:
         order = oracle.logits(net.model, ids)[-1].argsort(descending=True)
         ids.append(int(order[3] if position in (1, 4) else order[0]))
     return Tokens("half", prompt, tuple(ids[len(prompt) :]))
+
+
+def test_no_more_rows_are_read_than_it_takes_to_find_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    right = preferred(net, net.tokenize(FAILURES[:1])[0].prompt, 3)
+    fine = Failure(FAILURES[0].prompt, net.tokenizer.decode(right.target))
+    assert not diagnose(net, [fine])[0].mistakes
+    rows = [fine, FAILURES[0], fine, FAILURES[1], FAILURES[2], FAILURES[3]]
+    read: list[str] = []
+    own = net.tokenize
+    monkeypatch.setattr(mistakes, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(net, "tokenize", lambda some: read.extend(row.prompt for row in some) or own(some))
+    assert first_failing(net, rows, 2) == [FAILURES[0], FAILURES[1]]
+    assert len(read) == 4
+    assert first_failing(net, rows, 1) == [FAILURES[0]]
+    assert first_failing(net, rows, 9) == [*FAILURES[:4]]
+    assert first_failing(net, [fine], 1) == []
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)
