@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lmrepair import Failure, MinKl, Net, Patch, load, read_failures
-from lmrepair.diagnosis import diagnose
+from lmrepair.diagnosis import first_failing
 from lmrepair.loop import repair_each
 from lmrepair.model import settled
 from lmrepair.patch import combine, forecasts
@@ -92,8 +92,7 @@ def main() -> None:
     given = parser.parse_args()
     net = load(given.model)
     rows = read_failures(given.rows, TEMPLATE, 4 * given.usual)
-    failing = [row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes]
-    chosen = failing[: given.usual]
+    chosen = first_failing(net, rows, given.usual)
     others = [replace(one, target=two.target) for one, two in zip(chosen, reversed(chosen), strict=True)]
     rivals = [replace(one, id=f"{one.id}-rival") for one in others[: given.on_purpose]]
     made = patches(net, [*chosen, *rivals], given.patches)

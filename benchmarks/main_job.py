@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lmrepair.diagnosis.mistakes import diagnose
+from lmrepair.diagnosis.mistakes import first_failing
 from lmrepair.failures.reference import Reference, read_reference
 from lmrepair.failures.rows import Failure, read_failures
 from lmrepair.loop.loop import repair, repair_each
@@ -41,7 +41,7 @@ JOINT, JOINT_COUNT = "conala", 30
 def failing_rows(net: Net, path: Path, template: str, count: int | None = None) -> list[Failure]:
     """The first ``count`` rows (None: all) of a file in which the model makes a mistake."""
     rows = read_failures(path, template)
-    return [row for row, found in zip(rows, diagnose(net, rows), strict=True) if found.mistakes][:count]
+    return first_failing(net, rows, len(rows) if count is None else count)
 
 
 def summary(net: Net, repairs: list[Repair], reference: Reference) -> dict[str, Any]:

@@ -168,8 +168,7 @@ class Guard:
 
     def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
         """What the net as it is now does not write in free greedy text."""
-        with settled(self.net.model):
-            written = greedy(self.net, kept, until_wrong=True)
+        written = greedy(self.net, kept, until_wrong=True)
         return tuple(item for item, text in zip(kept, written, strict=True) if text != item.target)
 
     def _said(self, broken: Sequence[Tokens]) -> tuple[str, ...]:
@@ -239,8 +238,7 @@ def present(net: Net, protect: Sequence[Protected]) -> tuple[Tokens, ...]:
                 f"protected prompt {name!r} takes {len(prompt)} tokens, which leaves no room for an answer; shorten it"
             )
         wanted.append(Tokens(name, prompt, (-1,) * room))
-    with settled(net.model):
-        written = greedy(net, wanted)
+    written = greedy(net, wanted)
     return tuple(
         replace(item, target=text)
         for item, text in zip(wanted, written, strict=True)

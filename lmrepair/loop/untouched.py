@@ -50,7 +50,7 @@ class Untouched:
         refuse_namesakes(references)
         found = [(kind, item) for kind, one in enumerate(references) for item in windows(net, one.texts)]
         with settled(net.model):
-            head, _ = text_batches(net, [found[0][1]])
+            head = Head.of(net, found[0][1])
         return Untouched(net, tuple(references), tuple(found), head, full)
 
     def covers(self, reference: Reference) -> bool:

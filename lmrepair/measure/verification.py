@@ -8,7 +8,7 @@ from lmrepair.diagnosis import Diagnosis, diagnose
 from lmrepair.errors import PatchError
 from lmrepair.failures import Reference
 from lmrepair.measure.drift import Drift, measure_drift
-from lmrepair.model import Net, Trial, greedy, put, settled
+from lmrepair.model import Net, Trial, greedy, put
 from lmrepair.patch import Patch
 
 
@@ -41,8 +41,7 @@ def verify(net: Net, patch: Patch, reference: Reference) -> Verification:
         patch.apply(net)
     try:
         found = diagnose(net, [item.tokens for item in patch.items])
-        with settled(net.model):
-            texts = greedy(net, [item.tokens for item in found], until_wrong=True)
+        texts = greedy(net, [item.tokens for item in found], until_wrong=True)
     finally:
         patch.revert(net)
     restored = patch.is_original(net)

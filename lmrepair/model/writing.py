@@ -76,7 +76,8 @@ def assured(net: Net, tokens: Sequence[Tokens], mixed: bool) -> set[int]:
     same sums could turn round, and nothing but its last token ends a text. ``mixed``: prompts of several lengths run
     together.
     """
-    rows = [row for row, item in enumerate(tokens) if item.target and not net.ends & set(item.target[:-1])]
+    ends = net.ends
+    rows = [row for row, item in enumerate(tokens) if item.target and ends.isdisjoint(item.target[:-1])]
     longest = max((len(tokens[row].target) for row in rows), default=0)
     prompts = [tokens[row].prompt for row in rows]
     sure: set[int] = set()
@@ -96,11 +97,12 @@ def _assured(net: Net, tokens: Mapping[int, Tokens]) -> set[int]:
     if longest > 1 and any(type(layer) not in PLAIN for layer in getattr(cache, "layers", [None])):
         return set()
     step = max(1, LOGITS_AT_ONCE // net.anatomy.vocabulary // len(tokens))
+    given, told = wanted[:, :-1], wanted[:, 1:]
     for start in range(0, longest - 1, step):
-        read = wanted[:, start : min(start + step, longest - 1)]
-        mask = torch.cat([mask, torch.ones_like(read)], dim=1)
-        logits, cache = _read(net, read, mask, cache, read.shape[1])
-        leads.append(_leads(logits, wanted[:, start + 1 : start + 1 + read.shape[1]]))
+        part = slice(start, start + step)
+        mask = torch.cat([mask, torch.ones_like(given[:, part])], dim=1)
+        logits, cache = _read(net, given[:, part], mask, cache, step)
+        leads.append(_leads(logits, told[:, part]))
     over = torch.arange(longest) >= lengths[:, None]
     held = (torch.cat(leads, dim=1) | over).all(dim=1).tolist()
     return {row for row, holds in zip(tokens, held, strict=True) if holds}
@@ -123,10 +125,12 @@ def _blur(logits: Tensor) -> float:
 def _greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool) -> list[tuple[int, ...]]:
     """Token by token, prompts of several lengths side by side."""
 
+    ends = net.ends
+
     def ended(row: int, made: list[int]) -> bool:
         target = tokens[row].target
         wrong = until_wrong and made[-1] != target[len(made) - 1]
-        return wrong or len(made) == len(target) or made[-1] in net.ends
+        return wrong or len(made) == len(target) or made[-1] in ends
 
     longest = max((len(item.target) for item in tokens), default=0)
     prompts = [item.prompt for item in tokens]

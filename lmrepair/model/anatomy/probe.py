@@ -143,8 +143,7 @@ class Probe:
 
         with ExitStack() as hooks:
             for part in parts:
-                if part in self.clean:
-                    hooks.enter_context(_hooked(part, inner))
+                hooks.enter_context(_hooked(part, inner))
                 if held and self._known(part):
                     hooks.enter_context(_instead(part, lambda *_, part=part, **__: again(part)))
             for block in dict.fromkeys(blocks):

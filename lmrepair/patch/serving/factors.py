@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmrepair.diagnosis import diagnose
 from lmrepair.errors import PatchError, UsageError
-from lmrepair.model import Change, LowRank, Net, Trial, greedy, settled
+from lmrepair.model import Change, LowRank, Net, Trial, greedy
 from lmrepair.patch.patch import Patch
 
 EXACT = 1e-6  # singular values below this share of the largest are the rounding of float32
@@ -138,8 +138,7 @@ def answers(net: Net, patch: Patch) -> tuple[Sequence[bool], Sequence[tuple[int,
     """For each of the patch's failures: whether every token is preferred, and the greedy text as far as it is right."""
     tokens = [item.tokens for item in patch.items]
     found = diagnose(net, tokens)
-    with settled(net.model):
-        return [not one.mistakes for one in found], greedy(net, tokens, until_wrong=True)
+    return [not one.mistakes for one in found], greedy(net, tokens, until_wrong=True)
 
 
 def holding(patch: Patch, rank: int, right: Sequence[bool], texts: Sequence[tuple[int, ...]]) -> Held:
