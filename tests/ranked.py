@@ -48,12 +48,23 @@ OWN = 24  # texts that a model writes for its statistics here
 WRAPPED = {"by blocks": by_blocks, "at once": at_once}
 
 
-def repaired(net: lmrepair.Net, name: str) -> lmrepair.Patch:
+def known(net: lmrepair.Net, name: str, cache: Path | None = None) -> lmrepair.Statistics | None:
+    """The statistics that a method asks for, from a few texts."""
+    asked = METHODS[name].asks()
+    return None if asked is None else lmrepair.statistics_of(net, asked, own=OWN, cache=cache)
+
+
+def repaired(net: lmrepair.Net, name: str, cache: Path | None = None) -> lmrepair.Patch:
     """The patch of the first failure, which is taken back, applied, and taken back."""
     method, gate = METHODS[name], lmrepair.Gate(float("inf"), (oracle_models.TEXT,))
-    asked = method.asks()
-    known = None if asked is None else lmrepair.statistics_of(net, asked, own=OWN)
-    made = lmrepair.repair(net, oracle_models.FAILURES[:1], method, oracle_models.TEXT, statistics=known, gate=gate)
+    made = lmrepair.repair(
+        net,
+        oracle_models.FAILURES[:1],
+        method,
+        oracle_models.TEXT,
+        statistics=known(net, name, cache),
+        gate=gate,
+    )
     assert made.patch is not None
     assert made.repaired == 1
     made.patch.revert(net)
