@@ -510,6 +510,23 @@ def test_what_is_kept_is_what_was_gathered(gathered: list[str], tmp_path: Path) 
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
 
 
+@pytest.mark.parametrize("happens", ["removed", "replaced"])
+def test_what_is_read_later_is_what_was_there_when_it_was_checked(happens: str, tmp_path: Path) -> None:
+    net = oracle_models.net()
+    first = statistics_of(net, FULL, cache=tmp_path)
+    known = {layer: (first.inputs[layer].values, first.outputs[layer].values) for layer in first.inputs}
+    (path,) = tmp_path.iterdir()
+    if happens == "removed":
+        path.unlink()
+    else:
+        statistics_of(net, ASKED, cache=tmp_path)
+        (other,) = set(tmp_path.iterdir()) - {path}
+        other.replace(path)
+    for layer, (inputs, outputs) in known.items():
+        assert torch.equal(first.inputs[layer].values, inputs)
+        assert torch.equal(first.outputs[layer].values, outputs)
+
+
 def test_the_text_is_the_models_own_and_the_reference(gathered: list[str], tmp_path: Path) -> None:
     net = oracle_models.net()
     alone, more = statistics_of(net, FULL, cache=tmp_path), statistics_of(net, FULL, REFERENCE, cache=tmp_path)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ log = logging.getLogger("lmrepair")
 TEXTS, LENGTH = 48, 48  # how much text a model writes for its own statistics, in tokens
 MIXED = 4  # times as many texts for a mixture, each of whose experts sees a part of the tokens
 FORMAT = 4
+UNREADABLE = (OSError, safetensors.SafetensorError, ValueError, RecursionError)
 PART_SECONDS = 20.0  # of work that are at most lost where a run is cut off
 
 Kinds = Mapping[int, tuple[str, str]]  # layer → how C and F are kept
@@ -140,6 +141,7 @@ class _Gathering:
             found = _packed(_gathered(file, self.net, text.given, self.asked, own, progress))
             file.write(*found)
             file.part.remove()
+            found = _kept(file, self.net, self.kinds) or found  # on the disk, not in memory
         return _statistics(found, self.kinds, text.name)
 
     def _file(self, text: _Text) -> _File:
@@ -175,7 +177,7 @@ def _given(net: Net, reference: Reference | Sequence[Failure] | None) -> tuple[l
     return given, f"{len(given)} of {len(reference)} {what}"
 
 
-Packed = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them
+Packed = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them
 
 
 def _gathered(
@@ -232,7 +234,8 @@ def _statistics(found: Packed, kinds: Kinds, name: str) -> Statistics:
 
     def moment(part: str, layer: int) -> Moment:
         start = f"{part}.{layer}."
-        return unpack({name[len(start) :]: piece for name, piece in tensors.items() if name.startswith(start)})
+        there = tensors.anew() if isinstance(tensors, _OnDisk) else tensors
+        return unpack({name[len(start) :]: there[name] for name in tensors if name.startswith(start)})
 
     inputs = OnDemand(kinds, lambda layer: moment("inputs", layer), keep=False)
     outputs = OnDemand(kinds, lambda layer: moment("outputs", layer), keep=False)
@@ -241,25 +244,67 @@ def _statistics(found: Packed, kinds: Kinds, name: str) -> Statistics:
 
 def _kept(file: _File, net: Net, kinds: Kinds) -> Packed | None:
     """What a file keeps, or None where it is missing, damaged, or for something else."""
-    found = file.read()
-    if found is None:
-        return None
-    tensors, record = found
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for layer, both in kinds.items():
         for part, kind, width in zip(
             ("inputs", "outputs"), both, (net.anatomy.ffns[layer].widths, (net.hidden,)), strict=True
         ):
             wanted |= {f"{part}.{layer}.{name}": form for name, form in shapes(kind, width).items()}
-    tokens = record.get("tokens")
-    fits = set(tensors) == set(wanted) and all(_fits(tensors[name], *form) for name, form in wanted.items())
-    return found if fits and type(tokens) is int and tokens > 0 else None
+
+    def fit(tensors: Mapping[str, Tensor]) -> bool:
+        return set(tensors) == set(wanted) and all(_fits(tensors[name], *form) for name, form in wanted.items())
+
+    found = file.read(fit)
+    tokens = found[1].get("tokens") if found else None
+    return found if type(tokens) is int and tokens > 0 else None
 
 
 def _fits(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     open_ended = shape[0] < 0 and values.dim() == 2
     alike = tuple(values.shape) == ((len(values), *shape[1:]) if open_ended else shape)
     return values.dtype == dtype and alike and bool(values.isfinite().all())
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for; ``file`` is open, so that they stay even if it is removed
+    or replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, _open(path)
+        self.names = frozenset(self.file.keys())
+
+    def record(self) -> dict[str, Any]:
+        return _record(self.file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        found: Tensor = self.file.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def anew(self) -> Mapping[str, Tensor]:
+        """The same, of whose pages none is held yet; itself where the file is no longer there."""
+        with suppress(*UNREADABLE):
+            again = _OnDisk(self.path)
+            if again.record() == self.record():
+                return again
+        return self
+
+
+def _open(path: Path) -> Any:
+    return safetensors.safe_open(str(path), framework="pt")
+
+
+def _record(file: Any) -> dict[str, Any]:
+    found = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -287,16 +332,18 @@ class _File:
                 error.strerror or error,
             )
 
-    def read(self) -> Packed | None:
+    def read(self, fit: Callable[[Mapping[str, Tensor]], bool] = bool) -> Packed | None:
+        """The tensors and the record, or None where key, digest or form do not fit. Opened anew behind the look through
+        all of it, so that what is held is what is read later.
+        """
         try:
-            with safetensors.safe_open(str(self.path), framework="pt") as file:
-                record = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
-                if not isinstance(record, dict) or record.get("key") != self.key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError, ValueError, RecursionError):
+            tensors = _OnDisk(self.path)
+            record = tensors.record()
+            if record.get("key") != self.key or record.get("digest") != _digest(tensors) or not fit(tensors):
+                return None
+        except UNREADABLE:
             return None
-        return (tensors, record) if record.get("digest") == _digest(tensors) else None
+        return tensors.anew(), record
 
     def remove(self) -> None:
         with suppress(OSError):
@@ -305,7 +352,8 @@ class _File:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
