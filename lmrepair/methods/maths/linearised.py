@@ -17,9 +17,9 @@ AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little bey
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
 PATIENCE = 4  # steps in which the open positions of a failure alone are all that is read anew
 STAY = 0.5  # share of its margin that a position keeps that was right
-# Share of the margin that a position which was right is to have, and a half of it at least: half a logit at margin 3,
+# Share of the margin that a position which was right is to have, and a half of it at least: a logit at margin 3, twice
 # bfloat16's step at 64, so that what was ahead by less is ahead in another dtype or engine too.
-FIRM = 1 / 3
+FIRM = 2 / 3
 
 
 @dataclass(frozen=True)
