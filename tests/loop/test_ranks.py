@@ -88,7 +88,8 @@ def _written_alike(net: lmrepair.Net, name: str, cache: Path) -> None:
         assert all(off_by(one[layer].diagonal, other[layer].diagonal) < 0.1 for layer in one)
 
 
-def test_the_example_under_torchrun(tmp_path: Path) -> None:
+def test_the_example_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMREPAIR_CACHE", str(tmp_path / "statistics"))  # which no other worker writes to
     folder, rows, output = (
         saved(oracle_models.model(), tmp_path / "tiny"),
         tmp_path / "rows.jsonl",
