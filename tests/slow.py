@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SLOW = Path(__file__).with_name("slow.txt")
-SECONDS = 0.05
+SECONDS = 0.04
 HEAD = "# Tests that `make quick` leaves out, with the seconds of a core of all their parameters, by `make slow`.\n"
 
 

@@ -367,7 +367,9 @@ def test_settings_that_do_not_exist_are_refused() -> None:
         ("mint", None, {"candidates": 0}, "at least 1"),
         ("mint", None, {"rank_by": "attributions"}, "rank_by 'attributions' is unknown"),
         ("lora", None, {"rank": 0}, "at least 1"),
-        ("star", None, {"margin": float("nan")}, "margin"),
+        ("star", None, {"margin": float("nan")}, "margin is nan; expected a number of logits, 0 or more"),
+        ("minkl", None, {"margin": math.inf}, "margin is inf; expected a number of logits, 0 or more"),
+        ("minkl", "paper", {}, "method 'minkl' has no preset 'paper'; these have it: star, mint, sgd$"),
     ]
     for name, preset, settings, said in cases:
         with pytest.raises(UsageError, match=said):
