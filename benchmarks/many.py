@@ -41,7 +41,7 @@ ROWS = 48  # dev rows a task that drift is measured on
 
 def mixed(net: Net, data: Path, count: int) -> list[Failure]:
     """Failing test rows, one task after another in turn."""
-    tasks = [failing_rows(net, data / f"{task}.test.jsonl", template) for task, template in TEMPLATES.items()]
+    tasks = [failing_rows(net, data / f"{task}.test.jsonl", template, count) for task, template in TEMPLATES.items()]
     turns = [row for turn in itertools.zip_longest(*tasks) for row in turn if row is not None]
     once = list({row.prompt: row for row in reversed(turns)}.values())[::-1]
     return [Failure(row.prompt, row.target, str(number)) for number, row in enumerate(once[:count], start=1)]
