@@ -271,11 +271,10 @@ class _OnDisk(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file = path, _open(path)
-        self.names = frozenset(self.file.keys())
-
-    def record(self) -> dict[str, Any]:
-        return _record(self.file)
+        file: Any = safetensors.safe_open(str(path), framework="pt")
+        self.path, self.file, self.names = path, file, frozenset(file.keys())
+        record = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
+        self.record: dict[str, Any] = record if isinstance(record, dict) else {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -293,18 +292,9 @@ class _OnDisk(Mapping[str, Tensor]):
         """The same, of whose pages none is held yet; itself where the file is no longer there."""
         with suppress(*UNREADABLE):
             again = _OnDisk(self.path)
-            if again.record() == self.record():
+            if again.record == self.record:
                 return again
         return self
-
-
-def _open(path: Path) -> Any:
-    return safetensors.safe_open(str(path), framework="pt")
-
-
-def _record(file: Any) -> dict[str, Any]:
-    found = json.loads((file.metadata() or {}).get("lmrepair", "{}"))
-    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -338,7 +328,7 @@ class _File:
         """
         try:
             tensors = _OnDisk(self.path)
-            record = tensors.record()
+            record = tensors.record
             if record.get("key") != self.key or record.get("digest") != _digest(tensors) or not fit(tensors):
                 return None
         except UNREADABLE:
