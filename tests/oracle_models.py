@@ -1,4 +1,5 @@
-"""Tiny seeded models for the numerical tests: a Llama (Linear, gated FFN) and a GPT-2 (Conv1D, tied head).
+"""Tiny seeded models for the numerical tests: a Llama (Linear, gated FFN) and a GPT-2 (Conv1D, tied head); where it
+matters a Gemma 3 (a norm between FFN and stream).
 
 Their weights are large enough, and their norms' gains random enough, that what they prefer varies.
 """
@@ -16,7 +17,15 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lmrepair import Failure, Method, Net, Reference, Star
 from lmrepair.failures.tokens import Tokens
@@ -56,15 +65,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of one of the KINDS in evaluation mode, the same for the same seed."""
+    """A model of one of the KINDS, or "gemma3", in evaluation mode, the same for the same seed."""
     vocabulary = len(tokenizer())
-    if kind == "llama":
-        config: Any = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, tie_word_embeddings=False,
-            bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        made: Any = LlamaForCausalLM(config)
+    if kind != "gpt2":
+        sizes: dict[str, Any] = {
+            "vocab_size": vocabulary, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": 0,
+            "eos_token_id": 1, "tie_word_embeddings": False,
+        }  # fmt: skip
+        llama = kind == "llama"
+        config: Any = LlamaConfig(**sizes) if llama else Gemma3TextConfig(**sizes, head_dim=8)
+        made: Any = LlamaForCausalLM(config) if llama else Gemma3ForCausalLM(config)
     else:
         config = GPT2Config(
             vocab_size=vocabulary, n_embd=HIDDEN, n_inner=WIDTH, n_layer=LAYERS, n_head=4, n_positions=96,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lmrepair.methods.maths import Factors, Linearised, Margins, Tail, Used
     from lmrepair.model import Asked, Batch, Delta, Net, Preference, Sites
 
-    _Leaning = tuple[Preference, Tensor]  # what is preferred, and the margins' slopes
+    _Start = tuple[Tail, Preference, Tensor]  # the tail, what is preferred, and the margins' slopes
 
 ALONE, LEAST = Fraction(1, 2), 12  # of the layers, but so many: those, from above, that one failure is written to
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
@@ -120,8 +120,8 @@ class MinKl(Targeted):
         state: Linearised = problem.memory if problem.step else self._start(problem)
         reading: Margins = problem.reading  # type: ignore[assignment]
         start = _agreed(reading)
-        if reading.tail is not None and start is not None:
-            return self._last_layer(problem, state, reading.tail, start)
+        if start is not None:
+            return self._last_layer(problem, state, start)
         if reading.factors:
             state = state.linearised(reading.factors)
         keep = KEEP if 0 < state.steps <= KEPT and reading.factors and len(state.items) > 1 else 1.0
@@ -173,10 +173,10 @@ class MinKl(Targeted):
         there = rank + held if self.mode == "batch" else rank
         return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2) * failures
 
-    def _last_layer(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Step:
+    def _last_layer(self, problem: Problem, state: Linearised, start: _Start) -> Step:
         """All steps at once for the last layer, without running the model."""
         (layer,) = state.layers
-        used = self._through_tail(problem, state, tail, start)
+        used = self._through_tail(problem, state, start)
         if not state.spans:
             rank, room = self._limits(problem)
             chosen = None
@@ -185,16 +185,17 @@ class MinKl(Targeted):
             elif rank and bool(used.white.any()):
                 chosen = state.spanned({layer: used}, problem.deltas, rank, room)
             if chosen is not None:
-                state, used = chosen, self._through_tail(problem, chosen, tail, start)
+                state, used = chosen, self._through_tail(problem, chosen, start)
         state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
         return Step(deltas, _after(state))
 
-    def _through_tail(self, problem: Problem, state: Linearised, tail: Tail, start: _Leaning) -> Used:
+    def _through_tail(self, problem: Problem, state: Linearised, start: _Start) -> Used:
         """The change of the last layer that leaves no margin open, from what is read without it."""
         import torch
 
         from lmrepair.methods.maths import Used, weights_for
 
+        tail, agreed, leaning = start
         (layer,) = state.layers
         z = state.seen(layer, tail.inputs)
         near = state.near(layer, z)
@@ -202,7 +203,7 @@ class MinKl(Targeted):
         mixed = torch.zeros_like(tail.states, dtype=torch.float32)
         white = torch.zeros_like(mixed)
         for step in range(self.epochs):
-            preference, slopes = tail.read(seen @ white) if step else start
+            preference, slopes = tail.read(seen @ white) if step else (agreed, leaning)
             missing = (state.aims + preference.gap).double()
             if not bool((problem.focus & ~(preference.gap < -state.floors)).any()):
                 break
@@ -247,7 +248,7 @@ def _after(state: Linearised) -> Linearised:
     return state if state.steps % WIDEN else state.released()
 
 
-def _agreed(reading: Margins) -> _Leaning | None:
+def _agreed(reading: Margins) -> _Start | None:
     """What the tail reads, where the last layer alone is written to and only the final norm and the head follow."""
     import torch
 

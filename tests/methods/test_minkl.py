@@ -21,6 +21,7 @@ from lmrepair import Failure, FailuresError, Gate, MinKl, Net, Reference, UsageE
 from lmrepair.failures.tokens import Tokens
 from lmrepair.methods import method_named, minkl
 from lmrepair.methods.base import Problem
+from lmrepair.methods.maths import tail
 from lmrepair.methods.maths.basis import Bases
 from lmrepair.methods.maths.dual import RIDGE, kernel, not_negative, system_of, weights_for
 from lmrepair.methods.maths.linearised import AIM, SPARE, STAY, Linearised
@@ -709,9 +710,11 @@ def test_a_statistic_of_nothing_still_repairs() -> None:
     assert repair(net, FAILURES[:2], MinKl(epochs=60), TEXT, statistics=known).repaired == 2
 
 
-@pytest.mark.parametrize("kind", oracle_models.KINDS)
-def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
+@pytest.mark.parametrize("rivals", [0, 20])
+@pytest.mark.parametrize("kind", [*oracle_models.KINDS, "gemma3"])
+def test_the_tail_is_the_model_behind_the_last_ffn(kind: str, rivals: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of the last layer moves margins and slopes just as running the model with it does."""
+    monkeypatch.setattr(tail, "RIVALS", rivals)
     net = oracle_models.net(kind)
     sites = Sites({LAYERS - 1: torch.arange(net.widths[-1])})
     batches = net.batches(tokens_of(net))
@@ -720,15 +723,24 @@ def test_the_tail_is_the_model_behind_the_last_ffn(kind: str) -> None:
         assert before.tail is not None
         rows = torch.cat([item.rows for item in before.factors])
         slopes = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in before.factors])
-        assert before.tail.agreed(before.preference, rows, slopes) is not None
         assert before.tail.agreed(before.preference, rows, 1.1 * slopes) is None
+        assert (
+            before.tail.agreed(dataclasses.replace(before.preference, gap=before.preference.gap + 0.1), rows, slopes)
+            is None
+        )
+        start = before.tail.agreed(before.preference, rows, slopes)
+        assert start is not None
+        behind, preference, _ = start
+        assert torch.allclose(preference.gap, before.preference.gap, atol=1e-4)
+        assert (behind.among is None) == (rivals == 0)
         change = torch.randn(net.widths[-1], net.hidden, generator=torch.Generator().manual_seed(0)) * 0.02
-        told, leaning = before.tail.read(before.tail.inputs @ change)
+        told, leaning = behind.read(behind.inputs @ change)
         with Trial(net, sites) as trial:
             trial.write({LAYERS - 1: change})
             after = read_margins(net, batches, sites, None, None)
         assert not torch.allclose(before.preference.gap, after.preference.gap, atol=0.05)
         assert torch.allclose(told.gap, after.preference.gap, atol=1e-3)
+        assert torch.equal(told.rival, after.preference.rival)
         made = torch.cat([item.slopes[LAYERS - 1].sum(dim=1) for item in after.factors])
         assert torch.allclose(leaning, made, atol=1e-3 * float(made.abs().max()))
 

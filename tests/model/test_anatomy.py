@@ -114,6 +114,16 @@ def test_the_gain_is_what_the_final_norm_multiplies_by(name: str, norm: str) -> 
     assert torch.allclose(find(model).gain, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [("llama", None), ("gpt2", None), ("opt", None), ("gemma2", "model.layers.1.post_feedforward_layernorm")],
+)
+def test_the_norm_between_the_last_ffn_and_the_stream(name: str, behind: str | None) -> None:
+    """Dropout and activations read an FFN's output too, or have no parameters, and are no such norm."""
+    model = build(*PLACED[name][:2])
+    assert find(model).behind is (None if behind is None else model.get_submodule(behind))
+
+
 def test_an_encoder_decoder_is_refused() -> None:
     config = hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     with pytest.raises(ModelError, match="encoder-decoder"):

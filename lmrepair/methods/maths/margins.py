@@ -38,7 +38,7 @@ class Factors:
 class Margins(Reading):
     """What the model prefers, and the gradients of the margins that are still open.
 
-    ``tail``: all N positions in front of the final norm, where the last layer alone is written to.
+    ``tail``: what follows at all N positions, where the last layer alone is written to.
     """
 
     factors: tuple[Factors, ...] = ()
@@ -79,7 +79,8 @@ def read_margins(
             if before and sites.layers == (last,):
                 z = watched.inputs[last].detach().reshape(-1, net.widths[last])[batch.rows]
                 kept = z.index_select(1, sites.columns[last].to(z.device)).float()
-                tails.append(Tail(net, before[-1].reshape(-1, net.hidden)[batch.rows], kept, batch.wanted))
+                state, made = (part.reshape(-1, net.hidden)[batch.rows] for part in (before[-1], watched.outputs[last]))
+                tails.append(Tail(net, state, made.detach(), kept, batch.wanted))
             rows = torch.ones_like(preference.gap, dtype=torch.bool) if focus is None else focus[part]
             if margin is not None:
                 opened, read = choose(batch, preference, part) if choose else (~(preference.gap < -margin),) * 2

@@ -31,8 +31,8 @@ def final_norm(probe: Probe, state: Tensor, last: nn.Module, hidden: int) -> tup
     ``state`` is what the head reads, ``last`` the last block. Raises ModelError where the state is
     neither a norm of something nor what the last block put out.
     """
-    for norm, elsewhere in reversed(probe.norms):
-        output = elsewhere.to(state.device)
+    for norm, seen in reversed(probe.norms):
+        output = seen.made.to(state.device)
         scale = _scale(state, output)
         gain = None if scale is None else _gain(norm, hidden)
         if scale is not None and gain is not None:
@@ -46,6 +46,17 @@ def final_norm(probe: Probe, state: Tensor, last: nn.Module, hidden: int) -> tup
         if scale is not None:
             return scale * torch.ones(hidden), None
     raise ModelError("no final norm found: expected the head to read the last state, or a norm of it")
+
+
+def norm_behind(probe: Probe, output: Tensor, block: nn.Module) -> nn.Module | None:
+    """The norm in a block that reads an FFN's ``output`` before it is added to the stream; None where it is added as
+    it is."""
+    inside = set(block.modules())
+    for norm, seen in probe.norms:
+        alike = norm in inside and seen.given.shape == output.shape and torch.equal(seen.given, output)
+        if alike and not torch.equal(seen.made, seen.given):  # dropout changes nothing here
+            return norm
+    return None
 
 
 def _scale(state: Tensor, output: Tensor) -> float | None:

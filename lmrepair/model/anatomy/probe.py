@@ -57,12 +57,12 @@ class Probe:
         device = weight(head).device
         vocabulary = min(len(weight(head)), _embedded(model))
         self.ids = ((torch.arange(LENGTH) * 7 + 5) % vocabulary)[None].to(device)
-        self.norms: list[tuple[nn.Module, Tensor]] = []  # in the order in which they ran
+        self.norms: list[tuple[nn.Module, Seen]] = []  # in the order in which they ran
         self.clean: dict[nn.Module, list[Seen]] = {}
         parts = [part for block in blocks.values() for part in block.modules() if is_matrix(part)]
         with ExitStack() as hooks:
             for norm in norms:
-                hooks.enter_context(_hooked(norm, lambda norm, seen: self.norms.append((norm, seen.made))))
+                hooks.enter_context(_hooked(norm, lambda norm, seen: self.norms.append((norm, seen))))
             self.logits = self._keep([*parts, head, *blocks.values()])
         ran = {name: block for name, block in blocks.items() if block in self.clean}
         widths = {block: self.clean[block][0].made.shape[-1] for block in ran.values()}
