@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lmrepair.failures import Failure, Tokens
 from lmrepair.model import TOKENS_AT_ONCE, Batch, Net, Preference, settled
 
-ROWS_AT_ONCE = 32  # failures looked at before it is asked whether there are enough
+FEW_ROWS, ROWS_AT_ONCE = 4, 32  # looked at before it is asked whether there are enough: as many as are still missing
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def diagnose(net: Net, failures: Sequence[Failure | Tokens], at_once: int = TOKE
 def first_failing(net: Net, failures: Sequence[Failure], most: int) -> list[Failure]:
     """The first failures that the net makes a mistake on, at most so many; read a few at a time, no further."""
     found: list[Failure] = []
-    for start in range(0, len(failures), ROWS_AT_ONCE):
-        part = failures[start : start + ROWS_AT_ONCE]
+    start = 0
+    while start < len(failures) and len(found) < most:
+        part = failures[start : start + min(ROWS_AT_ONCE, max(FEW_ROWS, most - len(found)))]
         found += [row for row, item in zip(part, diagnose(net, part), strict=True) if item.mistakes]
-        if len(found) >= most:
-            break
+        start += len(part)
     return found[:most]
 
 

@@ -43,7 +43,11 @@ def test_no_more_rows_are_read_than_it_takes_to_find_some(monkeypatch: pytest.Mo
     monkeypatch.setattr(net, "tokenize", lambda some: read.extend(row.prompt for row in some) or own(some))
     assert first_failing(net, rows, 2) == [FAILURES[0], FAILURES[1]]
     assert len(read) == 4
+    monkeypatch.setattr(mistakes, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(mistakes, "FEW_ROWS", 1)
+    read.clear()
     assert first_failing(net, rows, 1) == [FAILURES[0]]
+    assert len(read) == 2
     assert first_failing(net, rows, 9) == [*FAILURES[:4]]
     assert first_failing(net, [fine], 1) == []
 
