@@ -15,6 +15,7 @@ from lmrepair.model.net import Net
 ALIKE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest logit: where head and model agree; else COARSE
 COARSE = 1e-2
 LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MB in float32
+POSITIONS_AT_ONCE = 128  # enough that a product with the head is not a matter of reading the head
 PROBE = 8  # positions at which head and model are compared
 
 
@@ -48,7 +49,7 @@ class Head:
     @property
     def positions(self) -> int:
         """How many positions' logits are made at once."""
-        return max(1, LOGITS_AT_ONCE // self.net.anatomy.vocabulary)
+        return max(1, min(POSITIONS_AT_ONCE, LOGITS_AT_ONCE // self.net.anatomy.vocabulary))
 
     def seen(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """What ``logits`` makes logits of, at flat positions of a batch (default: its target's): one forward pass."""

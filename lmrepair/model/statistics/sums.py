@@ -20,7 +20,7 @@ from lmrepair.model.statistics.packing import strips
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it; of a mixture, block by block,
 BLOCKS = 1 << 24  # up to so many numbers a layer, and the diagonal above that
-READ_AT_ONCE = 256  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
+READ_AT_ONCE = 144  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
 
 Report = Callable[[int, int], None]
 
