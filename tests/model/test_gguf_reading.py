@@ -80,3 +80,23 @@ def test_a_stack_of_matrices_and_a_vector_keep_their_shape() -> None:
     for shape in ((5, 16, 32), (64,)):
         packed = gguf.quantize(np.ones(shape, dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
         assert wide(packed, gguf.GGMLQuantizationType.Q8_0).shape == shape
+
+
+def test_only_what_is_made_already_is_not_copied(file: Path) -> None:
+    """Weights out of a quantised form are new values; those of a float form are the file's own pages."""
+    mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    quantised = gguf.quants.quantize(np.ones((4, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    with parsed_once():
+        made = gguf.dequantize(quantised, gguf.GGMLQuantizationType.Q8_0)
+        assert reading.np.copy(made) is made
+        assert np.shares_memory(reading.np.copy(made.reshape(2, -1)), made)
+        turned = reading.np.copy(made.T)
+        stored = gguf.dequantize(mapped[:16].reshape(2, 8), gguf.GGMLQuantizationType.F32)
+        kept = reading.np.copy(stored)
+        assert reading.np.float32 is np.float32
+    assert not np.shares_memory(turned, made)
+    assert np.shares_memory(stored, mapped)
+    assert not np.shares_memory(kept, mapped)
+    assert np.array_equal(kept, stored, equal_nan=True)
+    assert kept.flags.writeable
+    assert reading.np is np

@@ -64,6 +64,7 @@ def parsed_once() -> Iterator[None]:
         (gguf, "get_tensor_name_map", cache),
         (gguf, "dequantize", _in_wide_rows),
         (reading, "_gguf_parse_value", _unless_plain),
+        (reading, "np", _Sparing),
         (reading, "tqdm", _without_bar),
     )
     kept = [(module, name, getattr(module, name)) for module, name, _ in changed]
@@ -116,6 +117,24 @@ def _in_wide_rows(dequantize: Any) -> Any:
         return dequantize(data.reshape(rows // joined, -1), kind).reshape(rows, -1)
 
     return wide
+
+
+class _Sparing:
+    """numpy, whose ``copy`` leaves values alone that are in memory already and nobody else's: transformers copies all
+    weights, those that were only just made of quantised ones too."""
+
+    def __init__(self, numpy: Any) -> None:
+        self._numpy = numpy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._numpy, name)
+
+    def copy(self, values: Any) -> Any:
+        root = values
+        while isinstance(root.base, self._numpy.ndarray):
+            root = root.base
+        made = root.base is None and not isinstance(root, self._numpy.memmap)
+        return values if made and values.flags.c_contiguous else self._numpy.copy(values)
 
 
 def _unless_plain(parse: Any) -> Any:
