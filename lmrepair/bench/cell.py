@@ -236,7 +236,7 @@ class _Study:
     def _repaired(self, row: Failure, before: Answer, one: Repair, memory: int | None) -> dict[str, Any]:
         edit = one.patch or _Untouched()
         with edit.on(self.net):
-            (after,) = answers(self.net, [row])
+            (after,) = answers(self.net, [row], drafts=[before.tokens.target])
             held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
         record = failure_data(self.net, row, before, after, one.outcomes[0].reason)
         record |= {"cost": cost_data(one, memory), "patch": patch_data(self.net, one.patch)}
@@ -259,7 +259,7 @@ class _Study:
             joint.patch.revert(self.net)
         edit = joint.patch or _Untouched()
         with edit.on(self.net):
-            after = answers(self.net, self.rows.failing)
+            after = answers(self.net, self.rows.failing, drafts=[item.tokens.target for item in self.before])
             held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
         records = [
             failure_data(self.net, row, old, new, outcome.reason)

@@ -118,7 +118,7 @@ class _Run:
 
     def point(self, outcomes: Sequence[Outcome], done: int) -> Point:
         """Measure the net as it is now; the drift is that of this state written over the untouched one."""
-        found = answers(self.net, self.tokens[:done])
+        found = answers(self.net, self.tokens[:done], drafts=[item.target for item in self.tokens[:done]])
         right = [item.holds for item in found]
         mine = [hold for hold, outcome in zip(right, outcomes, strict=True) if outcome.failing and outcome.repaired]
         return Point(

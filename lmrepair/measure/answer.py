@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmrepair.failures import Failure, Tokens
 from lmrepair.measure.texts import TextScores, text_scores
-from lmrepair.model import Net, Preference, settled
+from lmrepair.model import Net, Preference, greedy, settled
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Answer:
     Under teacher forcing: ``preferred`` is the most likely token (the best other one in a tie);
     ``rank`` the wanted token's place, 1 the best, ties counted against it; ``gap`` the probability
     of the wanted token minus that of the best other one, between −1 and 1. ``written`` is what free
-    greedy decoding gives, at most n ids; None if that was not asked for.
+    greedy decoding gives, at most n ids, the last of them the first that ends a text; None if not asked for.
     """
 
     tokens: Tokens
@@ -69,13 +69,23 @@ class Scores:
     greedy_edit_similarity: float | None = None
 
 
-def answers(net: Net, rows: Sequence[Failure | Tokens], generate: bool = True) -> list[Answer]:
-    """What the net, as it is now, makes of each row; free greedy text too if ``generate``."""
+def answers(
+    net: Net,
+    rows: Sequence[Failure | Tokens],
+    generate: bool = True,
+    drafts: Sequence[Sequence[int]] | None = None,
+) -> list[Answer]:
+    """What the net, as it is now, makes of each row; free greedy text too if ``generate``.
+
+    ``drafts``: token ids that the free texts probably are; where they are, they are read instead of written, which
+    takes less time and changes nothing.
+    """
     tokens = [item if isinstance(item, Tokens) else net.tokenize([item])[0] for item in rows]
     if not tokens:
         return []
     with settled(net.model):
-        written: Sequence[tuple[int, ...] | None] = net.generate(tokens) if generate else [None] * len(tokens)
+        texts = greedy(net, tokens, drafts=drafts) if generate else [None] * len(tokens)
+        written: Sequence[tuple[int, ...] | None] = texts
         preferred: list[int] = []
         rank: list[int] = []
         gap: list[float] = []

@@ -160,7 +160,8 @@ def side_effects(
     every = [item for rows in tokens.values() for item in rows]
     before, before_around = answers(net, every, generate=False), answers(net, around)
     with patch.on(net):
-        after, after_around = answers(net, every, generate=False), answers(net, around)
+        after = answers(net, every, generate=False)
+        after_around = answers(net, around, drafts=[item.written or () for item in before_around])
     generalisation, at = {}, 0
     for kind, asked in tokens.items():
         here = slice(at, at := at + len(asked))

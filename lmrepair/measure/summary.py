@@ -87,7 +87,10 @@ def measure(
     new = None
     if patch is not None:
         with patch.on(net):
-            new = answers(net, tokens)
+            drafts = [
+                was.target if own else item.written or () for item, was, own in zip(old, tokens, mine, strict=True)
+            ]
+            new = answers(net, tokens, drafts=drafts)
     repaired = [row for row, is_mine in zip(material.failures, mine, strict=True) if is_mine]
     others = [row for row, is_mine in zip(material.failures, mine, strict=True) if not is_mine]
     around = None

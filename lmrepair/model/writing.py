@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lmrepair.model.net import Net, settled
 
 AT_ONCE = 32  # rows side by side
 TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
-SEVERAL = 3  # lengths of prompts from which on that proof costs less than it saves
+SEVERAL = 2  # lengths of prompts from which on that proof costs less than it saves
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values, which go on with any number of tokens
 PLACES = 64  # units in the last place; 22 at most were seen between one token a pass and several (135 and 270 M)
 PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
@@ -54,19 +55,36 @@ def write(
         return _all(net, prompts, length, choose, ended, mixed, report)
 
 
-def greedy(net: Net, tokens: Sequence[Tokens], until_wrong: bool = False) -> list[tuple[int, ...]]:
+def greedy(
+    net: Net, tokens: Sequence[Tokens], until_wrong: bool = False, drafts: Sequence[Sequence[int]] | None = None
+) -> list[tuple[int, ...]]:
     """What ``Net.generate`` gives, prompts of several lengths side by side where that is proved to change nothing.
 
     ``until_wrong``: a text that is not its target ends with the first token that is another. A text ends with the
-    first end token, nothing is filled up behind it.
+    first end token, nothing is filled up behind it. ``drafts``: what the texts probably are (with ``until_wrong``
+    their targets): what is sure to be its draft is not written token by token.
     """
+    likely = [item.target for item in tokens] if until_wrong and drafts is None else drafts
     with settled(net.model), torch.inference_mode():
         several = len({len(item.prompt) for item in tokens}) >= SEVERAL and not net.in_shards
         mixed = several and padding_is_unseen(net, min((item.prompt for item in tokens), key=len))
-        sure = assured(net, tokens, mixed) if until_wrong and not net.in_shards else set()
+        sure = _as_drafted(net, tokens, likely, mixed) if likely is not None and not net.in_shards else {}
         rest = [item for row, item in enumerate(tokens) if row not in sure]
         written = iter(_greedy(net, rest, until_wrong) if mixed else [_until(t, net.ends) for t in net.generate(rest)])
-        return [item.target if row in sure else next(written) for row, item in enumerate(tokens)]
+        return [sure[row] if row in sure else next(written) for row in range(len(tokens))]
+
+
+def _as_drafted(
+    net: Net, tokens: Sequence[Tokens], drafts: Sequence[Sequence[int]], mixed: bool
+) -> dict[int, tuple[int, ...]]:
+    """Row → its text, where that is sure to be its draft: as long as the target, or ended."""
+    whole = {
+        row: replace(item, target=tuple(text))
+        for row, (item, text) in enumerate(zip(tokens, drafts, strict=True))
+        if len(text) == len(item.target) or not net.ends.isdisjoint(text[-1:])
+    }
+    held = assured(net, list(whole.values()), mixed)
+    return {row: item.target for at, (row, item) in enumerate(whole.items()) if at in held}
 
 
 def assured(net: Net, tokens: Sequence[Tokens], mixed: bool) -> set[int]:

@@ -155,6 +155,26 @@ def test_greedy_text_is_that_of_the_models_own_generation(
     assert until_wrong or len(passes) == 3 + 6
 
 
+def test_a_draft_that_is_the_text_is_read_and_any_other_changes_nothing(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [tuple(alone(net, prompt, 6)) for prompt in PROMPTS]
+    net.model.generation_config.eos_token_id = texts[4][3]
+    tokens = [Tokens(str(at), prompt, (7,) * 6) for at, prompt in enumerate(PROMPTS)]
+    wanted = greedy(net, tokens)
+    assert wanted[4] == texts[4][: texts[4].index(texts[4][3]) + 1]
+    for drafts in ([()] * 5, [text[:3] for text in wanted], [(*text[:2], 8, 8, 8, 8) for text in wanted], wanted):
+        assert greedy(net, tokens, drafts=drafts) == wanted
+    read: list[int] = []
+    own = writing._greedy
+    monkeypatch.setattr(
+        writing, "_greedy", lambda net, rest, until: read.extend(int(t.id) for t in rest) or own(net, rest, until)
+    )
+    some = [text if at in (1, 4) else () for at, text in enumerate(wanted)]
+    assert greedy(net, tokens, drafts=some) == wanted
+    assert read == [0, 2, 3]
+
+
 def greedy_tokens(net: Net) -> list[Tokens]:
     """The prompts with what the net writes behind them, of several lengths."""
     return [Tokens(str(at), prompt, tuple(alone(net, prompt, 7 - at))) for at, prompt in enumerate(PROMPTS)]
@@ -231,13 +251,13 @@ def test_a_sliding_window_is_no_hindrance(window: int) -> None:
     assert sure(net, tokens, False) == {0, 1, 2, 3, 4}
 
 
-def test_few_lengths_and_what_padding_moves_are_left_to_the_models_own_generation(
+def test_one_length_and_what_padding_moves_are_left_to_the_models_own_generation(
     net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(Net, "generate", lambda _, tokens: asked.append(len(tokens)) or [(7,)] * len(tokens))
     several = [Tokens(str(at), prompt, (5,)) for at, prompt in enumerate(PROMPTS)]
-    assert greedy(net, several[1:4]) == [(7,)] * 3  # two lengths
+    assert greedy(net, several[1:4:2]) == [(7,)] * 2  # of one length
     monkeypatch.setattr(writing, "padding_is_unseen", lambda *_: False)
     assert greedy(net, several) == [(7,)] * 5
-    assert asked == [3, 5]
+    assert asked == [2, 5]
