@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lmrepair.model.progress import Progress as Progress, quiet as quiet
     from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import (
+        READ_AT_ONCE as READ_AT_ONCE,
         WINDOW as WINDOW,
         Asked as Asked,
         Inverse as Inverse,

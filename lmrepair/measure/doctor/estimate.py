@@ -15,18 +15,18 @@ import torch
 
 from lmrepair.failures import Tokens, read_kinds
 from lmrepair.methods import Method, MinKl, Star
-from lmrepair.model import Net, Planned, Sites, digest, planned, settled, windows
+from lmrepair.model import READ_AT_ONCE, Net, Planned, Sites, digest, planned, settled, windows
 
 PROMPT, TARGET = 32, 8  # tokens of the failure that is reckoned with
-# Settings, and the median time of a repair in forward passes over the same tokens (docs/LOG.md, the comparison).
+# Settings, and the median time of a repair in forward passes over the same tokens, between what SmolLM2 and Gemma take
+# (docs/LOG.md, 2026-11-30).
 SETTINGS: tuple[tuple[str, Method, float], ...] = (
-    ("--method minkl", MinKl(), 15.7),
-    ("--method minkl --neurons 16", MinKl(neurons=16), 15.2),
-    ("--method minkl --layers last", MinKl(layers="last"), 3.6),
-    ("--method star", Star(), 17.0),
+    ("--method minkl", MinKl(), 10.8),
+    ("--method minkl --neurons 16", MinKl(neurons=16), 11.8),
+    ("--method minkl --layers last", MinKl(layers="last"), 3.1),
+    ("--method star", Star(), 29.0),
 )
 PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
-AT_ONCE = 256  # tokens in one pass while statistics are gathered
 ALIKE = 320  # tokens of other requests in the failures' form
 WRITTEN = 5  # tokens of the texts that are written to see how long one takes
 HASHED, PRINTS = 1 << 24, 3  # bytes that are hashed to see how long it takes; fingerprints that a repair makes
@@ -36,9 +36,9 @@ GATE = 17  # tokens of each reference text that the gate reads, where it need no
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured seconds: for a ``token`` of a short failure, for a token of reference ``text`` (``AT_ONCE`` in a pass,
-    the head on all of them), for a ``step``, one more token of all the texts that a model writes side by side, for
-    one more of an ``answer`` that it writes alone, and for a ``byte`` of weights that is hashed."""
+    """Measured seconds: for a ``token`` of a short failure, for a token of reference ``text`` (``READ_AT_ONCE`` in a
+    pass, the head on all of them), for a ``step``, one more token of all the texts that a model writes side by side,
+    for one more of an ``answer`` that it writes alone, and for a ``byte`` of weights that is hashed."""
 
     token: float
     text: float
@@ -64,10 +64,10 @@ class Need:
 def speed(net: Net, texts: int) -> Speed:
     """Measure it, in a handful of passes; ``texts`` are written side by side."""
     token = net.pad
-    long = min(AT_ONCE, net.anatomy.context or AT_ONCE)
+    long = min(READ_AT_ONCE, net.anatomy.context or READ_AT_ONCE)
     one, text = (
         net.batches([Tokens(str(at), (token,) * prompt, (token,) * target) for at in range(count)])[0]
-        for count, prompt, target in ((1, PROMPT, TARGET), (AT_ONCE // long, 1, long - 1))
+        for count, prompt, target in ((1, PROMPT, TARGET), (READ_AT_ONCE // long, 1, long - 1))
     )
     with settled(net.model), torch.inference_mode():
         net.logits(one)
@@ -109,7 +109,7 @@ def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
         once = _gathering(net, plan, measured) if plan is not None else 0.0
         each = passes * (PROMPT + TARGET) * measured.token + _gate(net, measured) + _checking(net, measured)
         each += _factoring(net, plan, sites, samples, measured) if plan is not None else 0.0
-        room = max(_activations(net, AT_ONCE) + _sums(net, plan), _solving(net, method, plan, sites, samples))
+        room = max(_activations(net, READ_AT_ONCE) + _sums(net, plan), _solving(net, method, plan, sites, samples))
         found.append(Need(text, once, each, room, room <= free))
     return tuple(found)
 

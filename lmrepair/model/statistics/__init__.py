@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Statistics as Statistics,
         blocks as blocks,
     )
-    from lmrepair.model.statistics.sums import gather as gather
+    from lmrepair.model.statistics.sums import READ_AT_ONCE as READ_AT_ONCE, gather as gather
     from lmrepair.model.statistics.texts import WINDOW as WINDOW, beginnings as beginnings, windows as windows
 
 __getattr__, __dir__ = door(__name__)
