@@ -148,13 +148,7 @@ class Guard:
             return Verdict(scale, ("what the model writes is no number any more",))
 
     def _weigh(self, changes: Changes, scale: float) -> Verdict:
-        with Scaled(changes, scale).on(self.net):
-            found = diagnose(self.net, [*self.memory, *self.clear])
-            broken = tuple(item.tokens for item in found if item.mistakes)
-            unwritten = () if broken else self._unwritten((*self.memory, *self.protected))
-        if unwritten:
-            before = self._unwritten(unwritten)  # earlier repairs that a near tie keeps from being written
-            broken = tuple(item for item in unwritten if item not in before)
+        broken = self._broken(changes, scale)
         if broken:
             return Verdict(scale, self._said(broken), broken)
         if self.gate.max_kl == math.inf:
@@ -165,6 +159,17 @@ class Guard:
             said = f"KL is {most.kl:.5f} nats/token on {worst}, at most {self.gate.max_kl:g} allowed"
             return Verdict(scale, (said,), (), measured)
         return Verdict(scale, (), (), measured)
+
+    def _broken(self, changes: Changes, scale: float) -> tuple[Tokens, ...]:
+        """Earlier repairs and protected prompts that come out otherwise with the changes."""
+        if not self.memory and not self.protected:
+            return ()
+        with Scaled(changes, scale).on(self.net):
+            found = diagnose(self.net, [*self.memory, *self.clear])
+            broken = tuple(item.tokens for item in found if item.mistakes)
+            unwritten = () if broken else self._unwritten((*self.memory, *self.protected))
+        before = self._unwritten(unwritten)  # earlier repairs that a near tie keeps from being written
+        return broken or tuple(item for item in unwritten if item not in before)
 
     def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
         """What the net as it is now does not write in free greedy text."""

@@ -70,10 +70,12 @@ class LowRank:
     residue: Tensor
 
     @staticmethod
-    def of(product: Product, original: Tensor) -> LowRank:
-        """The change of neurons [m, d]. Its parts are on the CPU."""
+    def of(product: Product, original: Tensor, now: Tensor | None = None) -> LowRank:
+        """The change of neurons [m, d], which makes them what they are ``now`` (worked out, if not given). Its parts
+        are on the CPU."""
         made = LowRank(product.to("cpu"), original.dtype, torch.zeros(0, dtype=torch.uint8))
-        back, wanted = (part.contiguous().flatten() for part in (made._back(patched(original, product)), original))
+        changed = patched(original, product) if now is None else now
+        back, wanted = (part.contiguous().flatten() for part in (made._back(changed), original))
         whole = BITS[original.element_size()]
         places = (back.view(whole) != wanted.view(whole)).nonzero().squeeze(1)
         missed = _ordered(wanted[places]) - _ordered(back[places])

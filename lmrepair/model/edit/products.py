@@ -10,7 +10,7 @@ from torch import Tensor
 LARGEST = 32767  # of a factor's whole numbers
 SPREAD = 16  # between the exponents of one layer's pairs: with it and AT_ONCE every sum below is exact in float64
 AT_ONCE = 64  # pairs of factors summed by one product
-PART = 1 << 20  # numbers that are taken to float64 at once
+PART = 1 << 17  # numbers that are taken to float64 at once: few enough to stay in a processor's cache
 EXPONENT = 100  # largest size of an exponent
 
 

@@ -61,7 +61,7 @@ class Trial:
             return None
         whole = len(columns) == self.net.widths[layer]
         if isinstance(delta, Product) and whole and original.dtype in DTYPES.values():
-            return LowRank.of(delta, original)
+            return LowRank.of(delta, original, values)
         dense = written_out(delta).to(moved.device)
         parts = (columns.to(moved.device)[moved], dense[moved].float(), original[moved])
         return Change(*(part.detach().cpu().contiguous() for part in parts))
