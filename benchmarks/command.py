@@ -29,9 +29,9 @@ from lmrepair.bench.machine import machine, versions
 
 SPINNING = "while True: pass"
 PRODUCTS = "import torch; torch.set_num_threads(2); a = torch.randn(2000, 2000)\nwhile True: a @ a"
-LOADED = """import ctypes, sys, lmrepair
-from lmrepair.cli.main import APART, M_MMAP_THRESHOLD
-ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
+LOADED = """import sys, lmrepair
+from lmrepair.cli.main import keep_blocks_apart
+keep_blocks_apart()
 net = lmrepair.load(sys.argv[1])
 pages = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")]
 print(net.bytes, 1024 * int(pages[0]))

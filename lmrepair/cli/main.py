@@ -47,12 +47,17 @@ SELDOM = 100_000
 M_MMAP_THRESHOLD, APART = -3, 1 << 22
 
 
+def keep_blocks_apart() -> None:
+    """Have large blocks of memory given back as soon as they are freed."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library has no such setting
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
+
+
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on standard error."""
     for name, value in PATIENT.items():
         os.environ.setdefault(name, value)
-    with suppress(OSError, AttributeError, TypeError):  # another C library has no such setting
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
+    keep_blocks_apart()
     gc.set_threshold(SELDOM)
     atexit.register(gc.freeze)
     given = sys.argv[1:]

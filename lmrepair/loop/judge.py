@@ -168,8 +168,10 @@ class Guard:
             found = diagnose(self.net, [*self.memory, *self.clear])
             broken = tuple(item.tokens for item in found if item.mistakes)
             unwritten = () if broken else self._unwritten((*self.memory, *self.protected))
+        if not unwritten:
+            return broken
         before = self._unwritten(unwritten)  # earlier repairs that a near tie keeps from being written
-        return broken or tuple(item for item in unwritten if item not in before)
+        return tuple(item for item in unwritten if item not in before)
 
     def _unwritten(self, kept: Sequence[Tokens]) -> tuple[Tokens, ...]:
         """What the net as it is now does not write in free greedy text."""

@@ -84,8 +84,9 @@ def answers(
     if not tokens:
         return []
     with settled(net.model):
-        texts = greedy(net, tokens, drafts=drafts) if generate else [None] * len(tokens)
-        written: Sequence[tuple[int, ...] | None] = texts
+        written: Sequence[tuple[int, ...] | None] = (
+            greedy(net, tokens, drafts=drafts) if generate else [None] * len(tokens)
+        )
         preferred: list[int] = []
         rank: list[int] = []
         gap: list[float] = []

@@ -25,7 +25,6 @@ from lmrepair.model.net import Net, settled
 
 AT_ONCE = 32  # rows side by side
 TOKENS_AT_ONCE = 4096  # tokens of prompts in one pass, padding counted
-SEVERAL = 2  # lengths of prompts from which on that proof costs less than it saves
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # caches of keys and values, which go on with any number of tokens
 PLACES = 64  # units in the last place; 22 at most were seen between one token a pass and several (135 and 270 M)
 PROOF = 6  # tokens of a prompt, and of padding before it, with which it is proved that padding changes nothing
@@ -51,7 +50,7 @@ def write(
     puts out what nothing can be chosen from, ModelError where it keeps no cache.
     """
     with settled(net.model), torch.inference_mode():
-        mixed = len(set(map(len, prompts))) > 1 and padding_is_unseen(net, min(prompts, key=len))
+        mixed = _mix(net, prompts)
         return _all(net, prompts, length, choose, ended, mixed, report)
 
 
@@ -66,8 +65,7 @@ def greedy(
     """
     likely = [item.target for item in tokens] if until_wrong and drafts is None else drafts
     with settled(net.model), torch.inference_mode():
-        several = len({len(item.prompt) for item in tokens}) >= SEVERAL and not net.in_shards
-        mixed = several and padding_is_unseen(net, min((item.prompt for item in tokens), key=len))
+        mixed = not net.in_shards and _mix(net, [item.prompt for item in tokens])
         sure = _as_drafted(net, tokens, likely, mixed) if likely is not None and not net.in_shards else {}
         rest = [item for row, item in enumerate(tokens) if row not in sure]
         written = iter(_greedy(net, rest, until_wrong) if mixed else [_until(t, net.ends) for t in net.generate(rest)])
@@ -195,6 +193,11 @@ def together(prompts: Sequence[Prompt], length: int, context: int | None, mixed:
         group.append(row)
     if group:
         yield group
+
+
+def _mix(net: Net, prompts: Sequence[Prompt]) -> bool:
+    """Whether the prompts are of several lengths and may run together."""
+    return len(set(map(len, prompts))) > 1 and padding_is_unseen(net, min(prompts, key=len))
 
 
 def padding_is_unseen(net: Net, prompt: Prompt) -> bool:
