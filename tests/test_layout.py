@@ -26,7 +26,7 @@ ROOMS = {
     "measure": "shown intervals texts answer drift effects grid verification summary doctor",
     "loop": "gate untouched judge search case solver outcome loop alone",
     "checks": "harness sandbox tasks syntax running sampling rewording fixing",
-    "bench": "toml_table grid_file machine in_turn records cell workers run report",
+    "bench": "toml_table grid_file standing machine cells workers run report",
     "cli": "output faults options starting patches repairing measuring demo study fix main",
     "__main__": "",
 }
@@ -44,6 +44,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "cli.faults": "verdicts memory",
     "cli.output": "console clock bars render render_measures render_doctor",
     "cli.fix": "outcomes commands",
+    "bench.cells": "in_turn records inputs cell",
     "bench.report": "results figures tables plots sheet fixes fix_page page",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

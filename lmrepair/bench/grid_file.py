@@ -133,13 +133,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell with the folders and the device of the machine that measures it. ``threads`` 0: torch's default."""
+    """A cell with the folders and the device of the machine that measures it. ``threads`` 0: torch's default.
+
+    ``known``: what an earlier run has left of its first rows; empty: nothing.
+    """
 
     cell: Cell
     models: Path
     data: Path
     device: str = "auto"
     threads: int = 0
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     def model_source(self) -> str | None:
         """What ``load`` takes: None for the embedded model, a folder or a file below ``models``, or a hub name."""

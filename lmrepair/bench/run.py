@@ -1,12 +1,11 @@
 """The bench: run the cells of a grid that are not done yet, one JSON file a cell.
 
-A file says what it was made from; a cell whose file is there, done, and made from the same is skipped.
-Files appear whole, so a killed bench goes on where it was.
+A file says what it was made from; a cell whose file is there, done, and made from the same is skipped, and one
+that holds the first of a cell's rows is extended. Files appear whole, so a killed bench goes on where it was.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -16,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmrepair.bench.grid_file import EMBEDDED, BenchGrid, Cell, Job
+from lmrepair.bench.grid_file import BenchGrid, Cell, Job
+from lmrepair.bench.standing import FORMAT, data_of, inputs_of, made_from, standing
 from lmrepair.bench.workers import Ended, Processes, RayActors, Work, Workers, error_data
-from lmrepair.errors import FailuresError, UsageError
+from lmrepair.errors import UsageError
 from lmrepair.failures import write_atomically
 
-FORMAT = 1
 MANY = 1 << 30
 ATTEMPTS = 3  # at a cell whose worker dies
 EXECUTORS = ("local", "ray")
@@ -32,8 +31,8 @@ class Planned:
     """A cell, the job that measures it, its file, what it is made from, and where it stands.
 
     ``state``: "done", or why it is to be run: "new", "stale" (made from something else), "failed" the
-    last time, "damaged", "to be repeated". ``order`` is the cell's place in the grid, ``weight`` how many
-    failures it may hold.
+    last time, "damaged", "to be repeated", "to be extended" (its first rows are there; the job knows them).
+    ``order`` is the cell's place in the grid, ``weight`` how many failures are to be measured.
     """
 
     job: Job
@@ -50,7 +49,7 @@ class Planned:
 
     @property
     def digest(self) -> str:
-        return _digest({"format": FORMAT, "config": self.config, "inputs": self.inputs})
+        return made_from(self.config, self.inputs)
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def plan(
         if only is not None and only not in cell.name:
             continue
         job = Job(cell, models, data, device, threads)
-        file, config, inputs = output / f"{cell.name}.json", cell.config(), _inputs(job, hashed)
-        weight = min(cell.failing or MANY, _lines(_data(job)))
-        fresh = Planned(job, order, file, config, inputs, weight, "new")
-        found.append(replace(fresh, state=_state(file, fresh.digest, again)))
+        file, config, inputs = output / f"{cell.name}.json", cell.config(), inputs_of(job, hashed)
+        state, known = standing(file, config, inputs, again)
+        weight = min(cell.failing or MANY, _lines(data_of(job))) - len(known.get("failures", ()))
+        found.append(Planned(replace(job, known=known), order, file, config, inputs, max(1, weight), state))
     if not found:
         raise UsageError(f"no cell of {grid.name!r} has {only!r} in its name; cells: {grid.cells[0].name}, …")
     return found
@@ -140,7 +139,7 @@ def bench(
 
 def _measured(job: Job) -> dict[str, Any]:
     """Measure a cell, in a worker: nobody else waits for torch."""
-    from lmrepair.bench.cell import measure
+    from lmrepair.bench.cells import measure
 
     return measure(job)
 
@@ -177,20 +176,6 @@ def _write(grid: BenchGrid, item: Planned, ended: Ended) -> str:
     return f"{error['type']}: {error['message']}" if error else ""
 
 
-def _state(file: Path, digest: str, again: bool) -> str:
-    try:
-        record = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return "new"
-    except (OSError, ValueError, RecursionError):
-        return "damaged"
-    if not isinstance(record, dict) or record.get("status") not in ("done", "failed"):
-        return "damaged"
-    if record.get("digest") != digest:
-        return "stale"
-    return "to be repeated" if again and record["status"] == "done" else str(record["status"])
-
-
 def _states(todo: Sequence[Planned]) -> str:
     counts = Counter(item.state for item in todo if item.state != "new")
     return f" ({', '.join(f'{count} {state}' for state, count in sorted(counts.items()))})" if counts else ""
@@ -219,45 +204,5 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _inputs(job: Job, hashed: dict[Path, str]) -> dict[str, str]:
-    """SHA-256 of what a cell reads: data files and the model's folder (not of a hub model: there its name says)."""
-    cell = job.cell
-    found = {"data": _data(job)}
-    if cell.data.heldout:
-        found["heldout"] = job.data / cell.data.heldout
-    if cell.method.statistics:
-        found["statistics"] = job.data_file(cell.method.statistics, "reference.jsonl")
-    for spec in cell.drift:
-        found[f"drift {spec.kind}"] = job.data_file(spec.file, "reference.jsonl")
-    made = {}
-    for name, path in found.items():
-        if not path.is_file():
-            raise FailuresError(f"{path}: no such file; the grid's files are looked for beside it, or below --data")
-        made[name] = _hashed(path, hashed)
-    source = job.model_source()
-    folder = Path(source) if source else job.data_file(EMBEDDED, "model")
-    if folder.is_dir():
-        parts = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt", ".model"))
-        made["model"] = _digest([[path.name, _hashed(path, hashed)] for path in parts])
-    elif folder.is_file():
-        made["model"] = _hashed(folder, hashed)
-    return made
-
-
-def _data(job: Job) -> Path:
-    return job.data_file(job.cell.data.file, f"{job.cell.data.format}.jsonl")
-
-
 def _lines(path: Path) -> int:
     return max(1, path.read_bytes().count(b"\n"))
-
-
-def _hashed(path: Path, hashed: dict[Path, str]) -> str:
-    if path not in hashed:
-        with path.open("rb") as file:
-            hashed[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashed[path]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -9,9 +9,9 @@ import oracle_models
 import pytest
 from oracle_models import FAILURES, State, bold_star
 
-import lmrepair.bench.in_turn as module
+import lmrepair.bench.cells.in_turn as module
 from lmrepair import Failure, FailuresError, Reference, Sgd, UsageError, evaluate, repair, repair_each
-from lmrepair.bench.in_turn import cumulative
+from lmrepair.bench.cells.in_turn import cumulative
 from lmrepair.model.statistics import windows
 
 ONE = Reference("one", ("for i in range(10):\n    print(i)\n", "the quick brown fox"))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import works
 from command import Run, write
 
 from lmrepair import cli
-from lmrepair.bench.cell import _task, measure, solved_before
+from lmrepair.bench.cells import measure, solved_before, task_rows
 from lmrepair.bench.grid_file import BenchGrid, DataSpec, Job, read_grid
 from lmrepair.bench.run import Planned, Summary, bench, plan
 from lmrepair.errors import UsageError
@@ -86,6 +87,10 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 def untimed(table: dict[str, Any]) -> dict[str, Any]:
     timed = ("forward_equivalents", "peak_memory", "machine")
     return {key: value for key, value in table.items() if key not in timed and not key.endswith("seconds")}
+
+
+def untimed_row(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(row), object_hook=untimed))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,7 @@ def test_how_rows_are_asked_is_part_of_what_a_cell_is_made_from(tmp_path: Path) 
     chat = [{"role": "user", "content": "hi"}]
     write(tmp_path / "rows.jsonl", {"messages": chat, "target": "b"}, {"prompt": "a", "target": "b"})
     for asked, end_turn in ((False, True), (True, False)):
-        one, two = _task(DataSpec("x", "rows.jsonl", chat=asked, end_turn=end_turn), tmp_path / "rows.jsonl")
+        one, two = task_rows(DataSpec("x", "rows.jsonl", chat=asked, end_turn=end_turn), tmp_path / "rows.jsonl")
         assert (one.end_turn, bool(two.messages)) == (end_turn, asked)
 
 
@@ -206,6 +211,35 @@ def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None
     grid = read_grid(tmp_path / "grid.toml")
     again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, only="prompt", again=True)
     assert bench(grid, again, 1, "local", lambda _: None, works.quick) == Summary(1, 0, ())
+
+
+def test_a_cell_asked_for_more_rows_knows_its_first_ones(tmp_path: Path) -> None:
+    run(tmp_path, works.whole)
+    more = GRID.replace("failing = 2", "failing = 3")
+    grid, cells = planned(tmp_path, more)
+    assert [cell.state for cell in cells] == ["to be extended"] * 3
+    assert [len(cell.job.known["failures"]) for cell in cells] == [2, 2, 2]
+    assert {cell.weight for cell in cells} == {1}
+    assert {cell.state for cell in planned(tmp_path, GRID.replace("failing = 2", ""))[1]} == {"to be extended"}
+    asked_again = plan(grid, tmp_path / "out", tmp_path, tmp_path, threads=1, again=True)
+    assert [(cell.state, cell.job.known) for cell in asked_again] == [("stale", {})] * 3
+    for fewer_or_other in (
+        GRID.replace("failing = 2", "failing = 1"),
+        more.replace("every = 1", "every = 2"),
+        more.replace("tokens = 64", "tokens = 32"),
+        more.replace('kind = "alone"\n', 'kind = "alone"\nseeds = [0]\n').replace("neighbours = 2", "neighbours = 1"),
+    ):
+        _, cells = planned(tmp_path, fewer_or_other)
+        assert [(cell.state, cell.job.known) for cell in cells] == [("stale", {})] * 3
+    path = tmp_path / "out" / "alone.embedded.habits.star.seed-0.json"
+    record = json.loads(path.read_text())
+    for broken in ({"failures": None}, {"failures": [{}] * 3}, {"status": "failed"}, {"config": {"failing": True}}):
+        path.write_text(json.dumps(record | broken), encoding="utf-8")
+        assert planned(tmp_path, more)[1][0].state == "stale"
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "heldout"}), encoding="utf-8")
+    assert planned(tmp_path, more)[1][0].state == "stale"
+    assert run(tmp_path, works.whole, more)[0] == Summary(3, 0, ())
+    assert run(tmp_path, works.whole, more)[0] == Summary(0, 3, ())
 
 
 def test_a_cell_that_raises_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
@@ -347,6 +381,26 @@ def test_a_real_cell_keeps_what_its_figures_are_made_from(real: Path) -> None:
     found_again = json.loads(json.dumps(plain(measure(again.job))), object_hook=untimed)
     assert found_again == {key: value for key, value in records(real)["star"].items() if key in found_again}
     assert {"failures", "heldout"} <= found_again.keys()
+
+
+def test_rows_that_are_known_stay_as_they_are_and_the_others_come_after(real: Path) -> None:
+    text = TWO.replace("heldout = 2", "heldout = 0").replace("neighbours = 2", "neighbours = 0")
+
+    def job(failing: int) -> Job:
+        (cell, _) = read_grid(made(real / "more", text.replace("failing = 2", f"failing = {failing}"))).cells
+        return Job(cell, real, real, threads=1)
+
+    (real / "more").mkdir()
+    two, three = (json.loads(json.dumps(plain(measure(job(count))))) for count in (2, 3))
+    marked = {**two, "failures": [{**row, "mark": True} for row in two["failures"]], "seconds": 1000.0}
+    found = json.loads(json.dumps(measure(replace(job(3), known=marked))))
+    assert [row.pop("mark", False) for row in found["failures"]] == [True, True, False]
+    assert found["seconds"] > 1000
+    assert [untimed_row(row) for row in found["failures"]] == [untimed_row(row) for row in three["failures"]]
+    for elsewhere in ({"versions": {}}, {"machine": {}}, {"heldout": {"rows": 1}}):
+        anew = measure(replace(job(3), known={**marked, **elsewhere}))
+        assert [row.get("mark", False) for row in anew["failures"]] == [False] * 3
+        assert anew["seconds"] < 1000
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (the extra ray)")

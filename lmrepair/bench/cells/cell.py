@@ -1,24 +1,24 @@
 """Measure one cell of a bench: repair, then read effect, cost and side effects, failure by failure.
 
 Everything a figure is made from is kept raw: token ids and texts, ranks and gaps, generations. The same
-cell on the same kind of machine gives the same record, but for times and memory.
+cell on the same kind of machine gives the same record, but for times and memory. Rows that an earlier run has
+measured on the same kind of machine, with the same versions, are kept as they are.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lmrepair.bench.grid_file import EMBEDDED, Cell, DataSpec, DriftSpec, Job
-from lmrepair.bench.in_turn import cumulative
-from lmrepair.bench.machine import Peak, machine, versions
-from lmrepair.bench.records import (
+from lmrepair.bench.cells.in_turn import cumulative
+from lmrepair.bench.cells.inputs import Rows, read_drift_text, read_rows, statistics_for
+from lmrepair.bench.cells.records import (
     DIGITS,
     cost_data,
     effect_data,
@@ -30,14 +30,13 @@ from lmrepair.bench.records import (
     patch_data,
     point_data,
 )
-from lmrepair.diagnosis import first_failing
-from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
+from lmrepair.bench.grid_file import Cell, Job
+from lmrepair.bench.machine import Peak, machine, versions
+from lmrepair.failures import Failure, Reference
 from lmrepair.loop import Repair, drawn_wordings, repair, repair_each
 from lmrepair.measure import (
     Answer,
     Edit,
-    Grid,
     SideEffects,
     answers,
     effect,
@@ -46,25 +45,13 @@ from lmrepair.measure import (
     neighbours,
     plain,
     probes,
-    read_grid,
     side_effects,
 )
 from lmrepair.methods import Method
-from lmrepair.model import WINDOW, Net, Statistics, load, statistics_of
+from lmrepair.model import Net, Statistics, load
 from lmrepair.patch import Patch
 
 HELD = 1 << 30  # bytes of patches held in memory before their drift is measured
-SHORTEST = 32  # tokens that are read of each reference text, at least
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a cell: the failures to repair, all rows of their file, and held-out rows of the task."""
-
-    failing: list[Failure]
-    all: list[Failure]
-    heldout: list[Failure]
-    grid: Grid | None = None
 
 
 class _Untouched:
@@ -85,98 +72,34 @@ def measure(job: Job) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     torch.manual_seed(cell.seed)
     net = load(job.model_source(), device=job.device, dtype=cell.model.dtype)
-    references = [_reference(net, spec, job) for spec in cell.drift]
-    rows = _rows(net, job)
-    study = _Study(net, cell, rows, references, _statistics(net, job, rows.failing))
+    references = [read_drift_text(net, spec, job) for spec in cell.drift]
+    rows = read_rows(net, job)
+    made_on = {"machine": machine(net.device), "versions": versions()}
+    known = job.known if all(job.known.get(key) == value for key, value in made_on.items()) else {}
+    study = _Study(net, cell, rows, references, statistics_for(net, job, rows.failing), known)
     found = study.run()
+    earlier = study.known.get("seconds", 0.0)
     return {
         "model": {"name": cell.model.name, "parameters": sum(p.numel() for p in net.model.parameters())},
-        "machine": machine(net.device),
-        "versions": versions(),
+        **made_on,
         **plain(found, DIGITS),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(earlier + time.perf_counter() - began, 2),
     }
-
-
-def _reference(net: Net, spec: DriftSpec, job: Job) -> Reference:
-    """Reference text of one kind (its rows, where a file has several), as short as the cell asks for."""
-    path = None if spec.file == EMBEDDED else job.data / spec.file
-    if spec.template:
-        return _answered(net, spec, job.data_file(spec.file, "failures.jsonl"))
-    kinds = [one for one in read_kinds(path) if one.name.split("@")[0] == spec.kind]
-    whole = kinds[0] if kinds else read_reference(path, spec.kind)
-    length = min(WINDOW, max(SHORTEST, spec.tokens // len(whole.texts)))
-    texts = []
-    for text in whole.texts[: max(1, spec.tokens // length)]:
-        ids = net.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"][: length - 1]
-        texts.append(str(net.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
-    return replace(whole, texts=tuple(texts))
-
-
-def _statistics(net: Net, job: Job, failing: Sequence[Failure]) -> Statistics | None:
-    """What the method knows of reference text, where the grid gives it more than the model's own."""
-    spec = job.cell.method
-    method = spec.build(job.cell.targeting, job.cell.seed)
-    asked = method.asks() if method is not None else None
-    if asked is None or (spec.statistics is None and spec.own_texts is None):
-        return None
-    path = job.data_file(spec.statistics, "reference.jsonl") if spec.statistics else None
-    alike = asked.alike(failing) if spec.own_texts else None
-    return statistics_of(net, asked, read_kept(path, job.cell.data.template) if path else alike, own=spec.own_texts)
-
-
-def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
-    """Rows of a task, each with its answer, as reference text: the first that make up the tokens asked for."""
-    texts, left = [], spec.tokens
-    for row in read_failures(path, spec.template):
-        texts.append(row.prompt + row.target)
-        left -= len(net.tokenizer(texts[-1], verbose=False)["input_ids"])
-        if left <= 0:
-            break
-    return named(spec.kind, texts)
-
-
-def _rows(net: Net, job: Job) -> Rows:
-    cell, spec = job.cell, job.cell.data
-    path = job.data_file(spec.file, f"{spec.format}.jsonl")
-    grid = read_grid(path) if spec.format == "grid" else None
-    everything = list(grid.cells) if grid else _task(spec, path)
-    if grid:
-        failing = _failing(net, everything, len(everything), spec.file)
-        count = min(cell.failing or len(failing), len(failing))
-        return Rows([failing[at * len(failing) // count] for at in range(count)], everything, [], grid)
-    candidates = everything
-    if cell.study in ("together", "cumulative"):
-        # No one model can give two targets for one prompt: of such rows the first is repaired.
-        candidates = list({_asked(row): row for row in reversed(everything)}.values())[::-1]
-    failing = _failing(net, candidates, cell.failing or len(everything), spec.file)
-    source = everything if spec.heldout is None else _task(spec, job.data / spec.heldout)
-    asked = {_asked(row) for row in failing}
-    heldout = [row for row in source if _asked(row) not in asked]
-    return Rows(failing, everything, heldout[: cell.measures.heldout])
-
-
-def _task(spec: DataSpec, path: Path) -> list[Failure]:
-    return read_failures(path, spec.template, None, spec.chat, spec.end_turn)
-
-
-def _failing(net: Net, rows: Sequence[Failure], most: int, file: str) -> list[Failure]:
-    failing = first_failing(net, rows, most)
-    if not failing:
-        raise FailuresError(f"{file}: the model makes no mistake on any of its {len(rows)} rows")
-    return failing
-
-
-def _asked(row: Failure) -> str:
-    return row.shown
 
 
 class _Study:
     """One cell under measurement: what is read once of the untouched net, and the study's records."""
 
     def __init__(
-        self, net: Net, cell: Cell, rows: Rows, references: Sequence[Reference], statistics: Statistics | None
+        self,
+        net: Net,
+        cell: Cell,
+        rows: Rows,
+        references: Sequence[Reference],
+        statistics: Statistics | None,
+        known: Mapping[str, Any],
     ) -> None:
+        self.known = known  # an earlier run's record of the first rows
         self.net, self.cell, self.rows, self.references, self.statistics = net, cell, rows, references, statistics
         self.method = cell.method.build(cell.targeting, cell.seed)
         prefixes = cell.method.prefixes
@@ -186,22 +109,26 @@ class _Study:
         """The study's part of the record."""
         if self.method is not None and self.cell.study == "cumulative":
             return self._cumulative(self.method)
-        self.before = answers(self.net, self.rows.failing)
         self.held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
+        if self.known and self.known["heldout"] != json.loads(json.dumps(plain(self.held, DIGITS))):
+            self.known = {}  # other rows are held out, or the untouched model says something else here
+        known: list[dict[str, Any]] = self.known.get("failures", [])
+        self.failing = self.rows.failing[len(known) :]
+        self.before = answers(self.net, self.failing)
         if self.rows.grid:
             self.cells = answers(self.net, self.rows.grid.cells, generate=False)
         if self.method is None:
-            found: dict[str, Any] = {"failures": self._prompted()}
+            found: dict[str, Any] = {"failures": known + self._prompted()}
         elif self.cell.study == "together":
             found = self._together(self.method)
         else:
-            found = {"failures": self._alone(self.method)}
+            found = {"failures": known + self._alone(self.method)}
         return {"heldout": self.held, **found}
 
     def _prompted(self) -> list[dict[str, Any]]:
         """The yardstick: the solved failure is put before the prompt, and the weights stay as they are."""
         found = []
-        for row, before in zip(self.rows.failing, self.before, strict=True):
+        for row, before in zip(self.failing, self.before, strict=True):
             began = time.perf_counter()
             (after,) = answers(self.net, solved_before([row], row))
             cost = {"seconds": time.perf_counter() - began, "steps": 0}
@@ -216,9 +143,9 @@ class _Study:
         found: list[dict[str, Any]] = []
         held: list[tuple[dict[str, Any], Patch]] = []
         size = 0
-        made = repair_each(self.net, self.rows.failing, method, statistics=self.statistics, wordings=self.wordings)
+        made = repair_each(self.net, self.failing, method, statistics=self.statistics, wordings=self.wordings)
         peak = Peak(self.net.device)
-        for row, before in zip(self.rows.failing, self.before, strict=True):
+        for row, before in zip(self.failing, self.before, strict=True):
             torch.manual_seed(self.cell.seed)
             peak.start()
             one = next(made)
@@ -251,22 +178,20 @@ class _Study:
         peak = Peak(self.net.device)
         peak.start()
         shortest = min(self.references, key=_size, default=None)
-        joint = repair(
-            self.net, self.rows.failing, method, shortest, statistics=self.statistics, wordings=self.wordings
-        )
+        joint = repair(self.net, self.failing, method, shortest, statistics=self.statistics, wordings=self.wordings)
         memory = peak.read()
         if joint.patch is not None:
             joint.patch.revert(self.net)
         edit = joint.patch or _Untouched()
         with edit.on(self.net):
-            after = answers(self.net, self.rows.failing, drafts=[item.tokens.target for item in self.before])
+            after = answers(self.net, self.failing, drafts=[item.tokens.target for item in self.before])
             held = heldout_data(self.net, answers(self.net, self.rows.heldout, generate=False))
         records = [
             failure_data(self.net, row, old, new, outcome.reason)
-            for row, old, new, outcome in zip(self.rows.failing, self.before, after, joint.outcomes, strict=True)
+            for row, old, new, outcome in zip(self.failing, self.before, after, joint.outcomes, strict=True)
         ]
         whole = {"cost": cost_data(joint, memory), "patch": patch_data(self.net, joint.patch)}
-        whole |= heldout_change(self.held, held) | side_data(self._side_effects(edit, self.rows.failing))
+        whole |= heldout_change(self.held, held) | side_data(self._side_effects(edit, self.failing))
         self._drifts([(whole, edit)])
         return {"failures": records, "together": whole}
 

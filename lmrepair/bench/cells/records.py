@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmrepair.bench.in_turn import Point
+from lmrepair.bench.cells.in_turn import Point
 from lmrepair.failures import Failure
 from lmrepair.loop import Outcome, Repair
 from lmrepair.measure import (
