@@ -46,7 +46,7 @@ class Star(Paced):
     epochs: int = setting(60, "most steps for one problem", positive=True)
     share: str = setting("1/4", "share of neurons to write to, by attribution: 1, 1/4, 1/16, …")
     gain: bool = setting(True, "fold the final norm's gain into the semantic bases")
-    metric: str = setting("identity", "how the prior is measured: C⁻¹ of reference text, or not at all", METRICS)
+    metric: str = setting("diagonal", "how the prior is measured: C⁻¹ of reference text, or not at all", METRICS)
     samples: int = setting(512, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
 

@@ -91,7 +91,7 @@ def test_what_is_too_much_for_one_problem_is_solved_in_groups(kind: str, monkeyp
     assert not before.changed(net)
 
 
-@pytest.mark.parametrize(("name", "reads"), [("minkl", True), ("memit", False), ("star", None)])
+@pytest.mark.parametrize(("name", "reads"), [("minkl", True), ("memit", False), ("star", False), ("sgd", None)])
 def test_the_least_change_leaves_other_requests_in_the_failures_form_as_they_are(
     monkeypatch: pytest.MonkeyPatch, name: str, reads: bool | None
 ) -> None:

@@ -54,7 +54,7 @@ TABLE: dict[str, Method] = {
     "star, one layer": Star(learning_rate=0.1, epochs=300, layers="one", share="1"),
     "star, global": Star(learning_rate=0.1, epochs=200, pattern="global"),
     "star, layer": Star(learning_rate=0.1, epochs=300, pattern="layer", share="1"),
-    "star, diagonal": Star(learning_rate=0.1, epochs=200, metric="diagonal"),
+    "star, identity": Star(learning_rate=0.1, epochs=200, metric="identity"),
     "star, sampled": Star(learning_rate=0.1, epochs=200, metric="sampled", samples=64),
     "star, full": Star(learning_rate=0.1, epochs=200, metric="full"),
     "star, found": Star(stride=0.5),
@@ -260,7 +260,7 @@ def test_every_registered_method_is_in_the_table() -> None:
 @pytest.mark.parametrize("count", [1, len(FAILURES)])
 def test_a_star_step_is_the_oracles_entry_by_entry(kind: str, settings: dict[str, Any], count: int) -> None:
     net = oracle_models.net(kind)
-    method = Star(learning_rate=0.03, **settings)
+    method = Star(learning_rate=0.03, metric="identity", **settings)
     given = problem(net, method, count=count)
     tokens = [item for batch in given.batches for item in batch.tokens]
     compare(net, method, given, tokens, torch.ones(sum(len(item.target) for item in tokens), dtype=torch.bool))
@@ -268,7 +268,7 @@ def test_a_star_step_is_the_oracles_entry_by_entry(kind: str, settings: dict[str
 
 def test_an_iterative_step_is_about_one_position() -> None:
     net = oracle_models.net()
-    method = Star(learning_rate=0.03, mode="iterative", share="1")
+    method = Star(learning_rate=0.03, mode="iterative", share="1", metric="identity")
     focus = torch.zeros(sum(len(item.target) for item in net.tokenize(FAILURES[:1])), dtype=torch.bool)
     focus[1] = True
     given = problem(net, method, focus, 1)
@@ -308,7 +308,7 @@ def compare(net: Net, method: Star, given: Problem, tokens: list[Any], focus: Te
 
 def test_what_has_no_gradient_does_not_move() -> None:
     net = oracle_models.net()
-    method = Star(learning_rate=0.03, share="1")
+    method = Star(learning_rate=0.03, share="1", metric="identity")
     given = problem(net, method)
     dead = given.reading.gradients[0].clone()
     dead[5], dead[:, 7] = 0.0, 0.0
