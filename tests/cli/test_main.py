@@ -174,8 +174,8 @@ BAD = {
     "output is a folder": (b'{"prompt": "a", "target": "b"}\n', ["--output", "."], "is a folder"),
     "statistics for nothing": (
         b'{"prompt": "a", "target": "b"}\n',
-        ["--method", "star", "--statistics", __file__],
-        "methods that do: minkl",
+        ["--method", "sgd", "--statistics", __file__],
+        "methods that do: star",
     ),
     "no text at all": (b'{"prompt": "a", "target": "b"}\n', ["--own-texts", "0"], "0 texts of the model's own"),
     "no statistics": (b'{"prompt": "a", "target": "b"}\n', ["--statistics", "none.txt"], "none.txt"),

@@ -119,7 +119,7 @@ def test_needs_grow_with_what_is_kept_and_written() -> None:
     whole, last, star = (found[f"--method {name}"] for name in ("minkl", "minkl --layers last", "star"))
     assert last.bytes <= whole.bytes
     assert last.seconds < whole.seconds
-    assert star.statistics_seconds == 0 < whole.statistics_seconds
+    assert 0 < star.statistics_seconds <= whole.statistics_seconds
     plan = planned(net, MinKl().asks())
     assert whole.statistics_seconds >= plan.length * SPEED.step + 3 * plan.tokens * SPEED.text
     assert all(need.fits for need in found.values())
