@@ -59,7 +59,7 @@ def trial(kind: str) -> Iterator[dict[str, Any]]:
     yield {"traits": [*traits(model), *looks(net, failure)]}
     yield {"off": max(off_by(net, failure, layer) for layer in range(net.layers))}
     statistics = statistics_of(net, MINKL.asks(), own=OWN_TEXTS)
-    for method in (Star(max_probe_kl=float("inf")), MINKL):
+    for method in (Star(metric="identity", max_probe_kl=float("inf")), MINKL):
         yield {method.name: repaired(net, failure, method, statistics)}
     yield {"seconds": round(time.perf_counter() - began, 2)}
 
