@@ -123,6 +123,23 @@ def test_the_defaults_do_not_know_how_large_a_models_numbers_are(method: Method)
         assert float((other - change.deltas).norm()) < 1e-3 * float(change.deltas.norm())
 
 
+@pytest.mark.parametrize("metric", ["diagonal", "identity"])
+def test_stars_prior_does_not_know_how_large_a_neuron_is(metric: str) -> None:
+    """Each neuron of a layer written c times as large, with its column c times as small; the published prior knows."""
+    c = torch.logspace(-1, 1, oracle_models.WIDTH)[torch.randperm(oracle_models.WIDTH, generator=torch.manual_seed(0))]
+    model = oracle_models.model("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.up_proj.weight.mul_(c[:, None])
+        model.model.layers[-1].mlp.down_proj.weight.div_(c)
+    method = Star(metric=metric, damping=1e-7, layers="last", share="1")
+    nets = oracle_models.net("llama"), Net(model, oracle_models.tokenizer())
+    plain, scaled = (next(repair_each(net, oracle_models.FAILURES[2:3], method)).patch for net in nets)
+    assert plain is not None
+    assert scaled is not None
+    change, other = plain.changes[2].deltas, scaled.changes[2].deltas * c[:, None]
+    assert (float((other - change).norm()) < 1e-2 * float(change.norm())) == (metric == "diagonal")
+
+
 def _rescaled(gains: list[float]) -> Any:
     """What the FFN's second matrix writes is made by the first two; what the head reads, by the norm before it."""
     model = oracle_models.model("llama")
