@@ -147,7 +147,7 @@ def test_moments_are_counted_as_they_are_kept(kind: str) -> None:
 def test_a_mixture_takes_the_time_of_its_blocks() -> None:
     net = mixtures.net("mixtral")
     plans = {kind: planned(net, Asked(kind, "full", 50, 0.01), 1) for kind in ("full", "blocks", "diagonal")}
-    gathering = {kind: _gathering(net, plan, SPEED) for kind, plan in plans.items()}
+    gathering = {kind: _gathering(net, plan, True, SPEED) for kind, plan in plans.items()}
     factoring = {kind: _factoring(net, plan, net.every_site(), 50, SPEED) for kind, plan in plans.items()}
     for each in (gathering, factoring):
         assert each["full"] > each["blocks"] > each["diagonal"]

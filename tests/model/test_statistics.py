@@ -275,11 +275,30 @@ def test_joined_texts_of_which_nothing_is_known_count_by_their_length() -> None:
 def test_none_keeps_the_scale_and_prefers_no_direction() -> None:
     net = oracle_models.net()
     tokens = [text(range(20))]
-    full, none = (gather(net, tokens, Asked(kind, kind, 64, 0.01), "test") for kind in ("full", "none"))
+    full, none = (gather(net, tokens, Asked(kind, kind, 64, 0.01, True), "test") for kind in ("full", "none"))
     for one, other in ((full.inputs[1], none.inputs[1]), (full.outputs[1], none.outputs[1])):
         values = other.apply(torch.eye(len(other.values)))
         assert torch.equal(values, values[0, 0] * torch.eye(len(values)))
         assert float(values.trace()) == pytest.approx(float(one.values.trace()), rel=1e-5)
+
+
+def test_where_no_gradient_counts_none_is_read_and_the_coefficients_are_the_same() -> None:
+    net = oracle_models.net()
+    tokens = [text(range(20)), text(range(5, 18))]
+    both, alone = (gather(net, tokens, Asked("full", kind, 64, 0.01), "test") for kind in ("full", "none"))
+    for layer, moment in both.inputs.items():
+        assert torch.allclose(moment.values, alone.inputs[layer].values, rtol=1e-5)
+        assert torch.equal(alone.outputs[layer].values, torch.ones(HIDDEN))
+    asked = Asked("full", "none", 64, 0.01)
+    began, after = (sums.Sums.of(net, tokens * 9, asked, 0) for _ in range(2))
+    reading = began.read()
+    next(reading)
+    after.resume(began.state())
+    assert 0 < after.done < len(after.batches)
+    for one in (began, after):
+        assert list(one.read())
+    for layer, moment in began.statistics("").inputs.items():
+        assert torch.equal(moment.values, after.statistics("").inputs[layer].values)
 
 
 def test_auto_is_full_up_to_a_width_and_sampled_above(monkeypatch: pytest.MonkeyPatch) -> None:

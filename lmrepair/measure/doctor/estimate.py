@@ -106,7 +106,7 @@ def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:
         plan = planned(net, asked, given=ALIKE * asked.kindred) if asked is not None else None
         sites = method.fixed_sites(net) or _share(net)
         samples = asked.samples if asked is not None else 0
-        once = _gathering(net, plan, measured) if plan is not None else 0.0
+        once = _gathering(net, plan, asked.slopes, measured) if plan and asked else 0.0
         each = passes * (PROMPT + TARGET) * measured.token + _gate(net, measured) + _checking(net, measured)
         each += _factoring(net, plan, sites, samples, measured) if plan is not None else 0.0
         room = max(_activations(net, READ_AT_ONCE) + _sums(net, plan), _solving(net, method, plan, sites, samples))
@@ -119,10 +119,12 @@ def _share(net: Net) -> Sites:
     return Sites({layer: torch.arange(-(-width // 4)) for layer, width in enumerate(net.widths)})
 
 
-def _gathering(net: Net, plan: Planned, measured: Speed) -> float:
-    """Texts written token by token, read forwards and backwards (as three passes), and the products x xᵀ."""
+def _gathering(net: Net, plan: Planned, slopes: bool, measured: Speed) -> float:
+    """Texts written token by token, read forwards and, with gradients, back (three passes), and the products x xᵀ."""
     products = 2 * _numbers(_moments(net, plan), 0, STRIPS)
-    return plan.length * measured.step + plan.tokens * (3 * measured.text + products / _rate(net, measured))
+    return plan.length * measured.step + plan.tokens * (
+        (3 if slopes else 1) * measured.text + products / _rate(net, measured)
+    )
 
 
 def _factoring(net: Net, plan: Planned, sites: Sites, samples: int, measured: Speed) -> float:

@@ -182,7 +182,8 @@ class Asked:
     """The statistics of reference text that a method asks for.
 
     ``inputs`` and ``outputs``: how the moments of coefficients and of gradients are kept: "full", "sampled",
-    "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept.
+    "diagonal", "none" (no direction is preferred), or "auto", by width. ``samples``: how many rows are kept. Where
+    no output's is kept and positions count alike, no gradient is read: a third of the time.
     ``damping`` is added to the moments before they are inverted, as a share of their mean diagonal. ``weighted``:
     each position counts in one moment by the square of its vector in the other, so that C ⊗ F is near E[zzᵀ ⊗ δδᵀ]
     where the two depend on each other: at a text's first position, on which attention rests, coefficients are
@@ -195,6 +196,11 @@ class Asked:
     damping: float
     weighted: bool = False
     kindred: bool = False
+
+    @property
+    def slopes(self) -> bool:
+        """Whether gradients are read."""
+        return self.weighted or self.outputs != "none"
 
     def alike(self, failures: Sequence[Failure]) -> list[Failure] | None:
         """Other requests in the failures' form, where they are to be read."""

@@ -1,4 +1,4 @@
-"""Moments while texts are read: sums over positions, in one pass forward and one backward."""
+"""Moments while texts are read: sums over positions, in one pass forward and, where gradients count, one backward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def gather(
     seed: int = 0,
     progress: Report = lambda _, __: None,
 ) -> Statistics:
-    """Read the texts once, with the gradients of tokens sampled from the model itself (the true Fisher).
+    """Read the texts once, where it is asked for with the gradients of tokens sampled from the model itself (the true
+    Fisher).
 
     The loss of a text is summed over its positions, so that the gradient at one holds its effect on later
     ones. Every position that a token follows counts alike (at a text's last one nothing is predicted);
@@ -49,8 +50,8 @@ def gather(
 class Sums:
     """The moments of some texts as far as they are read: ``done`` of the ``batches``, ``at`` of ``count`` positions.
 
-    ``kept`` [count]: which positions sampled moments keep. ``totals``: layer → Σ‖z‖², Σ‖δ‖², Σ‖z‖²‖δ‖², where
-    positions are ``weighted``; none where they all count alike.
+    ``kept`` [count]: which positions sampled moments keep. ``outputs``: of no layer where no gradient is read.
+    ``totals``: layer → Σ‖z‖², Σ‖δ‖², Σ‖z‖²‖δ‖², where positions are ``weighted``; none where they all count alike.
     """
 
     net: Net
@@ -75,7 +76,8 @@ class Sums:
             layer: Sum(kind_for(asked.inputs, place.widths), place.widths)
             for layer, place in enumerate(net.anatomy.ffns)
         }
-        outputs = {layer: Sum(kind_for(asked.outputs, (net.hidden,))) for layer in range(net.layers)}
+        kind = kind_for(asked.outputs, (net.hidden,))
+        outputs = {layer: Sum(kind) for layer in range(net.layers)} if asked.slopes else {}
         generator = torch.Generator(net.device).manual_seed(seed)
         with settled(net.model):
             head = Head.of(net, tokens[0])
@@ -90,20 +92,25 @@ class Sums:
             yield self.done, len(self.batches)
 
     def _read(self, batch: Batch) -> None:
-        net, layers = self.net, list(self.inputs)
-        with torch.enable_grad(), net.watch(layers) as watched:
+        net, layers = self.net, list(self.outputs)
+        with torch.set_grad_enabled(bool(layers)), net.watch(list(self.inputs)) as watched:
             seen = self.head.seen(batch)
-            made = torch.autograd.grad(seen, [watched.outputs[layer] for layer in layers], self._slopes(seen))
+            outputs = [watched.outputs[layer] for layer in layers]
+            made = torch.autograd.grad(seen, outputs, self._slopes(seen)) if layers else ()
+        if not bool(seen.isfinite().all()):
+            raise NotFiniteError(not_finite("", net.dtype))
         real = F.pad(batch.mask[:, 1:], (0, 1)).reshape(-1).bool()
         rows = self.kept[self.at : self.at + int(real.sum())].to(net.device)
         self.at += len(rows)
-        for layer, slope in zip(layers, made, strict=True):
+        steep = dict(zip(layers, made, strict=True))
+        for layer, one in self.inputs.items():
             z = watched.inputs[layer].detach().reshape(len(real), -1)[real]
-            slopes = slope.reshape(len(real), -1)[real]
-            if self.weighted:
-                z, slopes = self._weighted(layer, z.float(), slopes.float())
-            self.inputs[layer].add(z, rows)
-            self.outputs[layer].add(slopes, rows)
+            if layer in steep:
+                slopes = steep[layer].reshape(len(real), -1)[real]
+                if self.weighted:
+                    z, slopes = self._weighted(layer, z.float(), slopes.float())
+                self.outputs[layer].add(slopes, rows)
+            one.add(z, rows)
 
     def _weighted(self, layer: int, z: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """z ‖δ‖ and δ ‖z‖, position by position."""
@@ -134,9 +141,15 @@ class Sums:
     def statistics(self, name: str) -> Statistics:
         """What was read, each layer's moment put together when it is asked for."""
         count = self.at
+
+        def outputs(layer: int) -> Moment:
+            if not self.outputs:
+                return Moment.identity(self.net.hidden)
+            return self.outputs[layer].moment(count, self._scales(layer)[1])
+
         return Statistics(
             OnDemand(self.inputs, lambda layer: self.inputs[layer].moment(count, self._scales(layer)[0]), keep=False),
-            OnDemand(self.outputs, lambda layer: self.outputs[layer].moment(count, self._scales(layer)[1]), keep=False),
+            OnDemand(self.inputs, outputs, keep=False),
             name,
             count,
         )
