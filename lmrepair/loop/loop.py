@@ -78,7 +78,7 @@ def repair(
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
     method, full = method or MinKl(), read_fully(drift)
-    known = Known.of(net, method, failures, statistics, progress)
+    known = Known.of(net, method.suited(net, len(failures)), failures, statistics, progress)
     case = Case.of(net, failures)
     guard = Guard.of(net, gate, reference, case.tokens, full) if gate is not None else None
     attempt = _kept(case, method, known, guard, progress, wordings)
@@ -119,7 +119,7 @@ def repair_each(
     """
     method = method or MinKl()
     full = read_fully(drift)
-    known = Known.of(net, method, failures, statistics, progress)
+    known = Known.of(net, method.suited(net, 1), failures, statistics, progress)
     guard = Guard.of(net, gate, None, net.tokenize(failures), full) if gate is not None else None
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)

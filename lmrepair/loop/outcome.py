@@ -41,7 +41,7 @@ class Cost:
 
     A forward equivalent is the time of one plain forward pass over the same prompts and targets, on the
     same model, in the same run (median of three). ``check_seconds`` is the greedy decoding afterwards,
-    ``statistics_seconds`` what gathering (or reading) statistics took once, before the first repair,
+    ``statistics_seconds`` what gathering (or reading) and inverting statistics took once, before the first repair,
     ``gate_seconds`` what the gate took beside solving again, ``drift_seconds`` the record's drift where the
     gate had not measured it, ``patch_seconds`` fingerprints and applying.
     """

@@ -51,6 +51,7 @@ class Known:
     def of(
         net: Net, method: Method, failures: Sequence[Failure], statistics: Statistics | None, progress: Progress
     ) -> Known:
+        """For a method as it is ``suited`` to what is solved together."""
         bases = Bases.of(net, gain=bool(getattr(method, "gain", False)))
         if method.steers:
             _ = bases.exact  # once for all failures, and in no failure's time
@@ -59,7 +60,10 @@ class Known:
             return Known(bases, None, 0.0)
         if statistics is None:
             statistics = statistics_of(net, asked, asked.alike(failures), progress=progress)
-        return Known(bases, Metric.of(statistics, asked.damping), time.perf_counter() - began)
+        metric, sites = Metric.of(statistics, asked.damping), method.fixed_sites(net)
+        for layer in sites.columns if sites is not None else ():
+            metric.make(layer)  # what is written to whole, whatever the mistakes are
+        return Known(bases, metric, time.perf_counter() - began)
 
 
 def drawn_wordings(net: Net, paraphrases: bool, prefixes: int, seed: int = 0) -> Wordings:

@@ -285,6 +285,10 @@ class Metric:
             OnDemand(statistics.outputs, lambda layer: statistics.outputs[layer].inverse(damping)),
         )
 
+    def make(self, layer: int) -> None:
+        """Make a layer's inverses now."""
+        _ = self.inputs[layer], self.outputs[layer]
+
     def restricted(self, layer: int, columns: Tensor) -> Inverse:
         """C⁻¹ where only some neurons [k] of a layer may change: the inverse of that part of C."""
         known = self.inputs.known(layer)
