@@ -30,7 +30,7 @@ from lmrepair.bench.machine import machine, versions
 SPINNING = "while True: pass"
 PRODUCTS = "import torch; torch.set_num_threads(2); a = torch.randn(2000, 2000)\nwhile True: a @ a"
 LOADED = """import sys, lmrepair
-from lmrepair.cli.main import keep_blocks_apart
+from lmrepair.model import keep_blocks_apart
 keep_blocks_apart()
 net = lmrepair.load(sys.argv[1])
 pages = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")]

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "lmrepair"
 ROOMS = {
     "errors": "",
     "failures": "files sources forms rows chats tokens wordings reference protected",
-    "model": "progress source anatomy batches net head writing loading digests edit statistics",
+    "model": "process source anatomy batches net head writing loading digests edit statistics",
     "diagnosis": "mistakes attribution drift_probe",
     "methods": "targeting maths base star minkl mint sgd finetune lora keyed direct",
     "patch": "format hub patch compose conflicts bisection disk folder serving",

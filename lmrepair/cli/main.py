@@ -7,12 +7,10 @@ Exit status: 0 all repaired or verified, 1 something is not, 2 bad usage or inpu
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -25,6 +23,7 @@ from lmrepair.cli.output import say, show_result
 from lmrepair.cli.patches import apply, bisect, compose, conflicts, diff, export, push, revert
 from lmrepair.cli.repairing import diagnose, repair
 from lmrepair.cli.study import bench, report
+from lmrepair.model import keep_blocks_apart
 
 app = typer.Typer(
     name="lmrepair",
@@ -42,15 +41,6 @@ PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Objects made before garbage is looked for. Importing torch and transformers makes some hundred thousands that stay;
 # to look through them again and again took 1.5 s, and to do so once more at the end as long.
 SELDOM = 100_000
-# Bytes from which on a block of memory is given back by itself. glibc learns larger ones as a model is loaded, and
-# then keeps what is freed between the metric's factors: 240 MB of SmolLM2's peak.
-M_MMAP_THRESHOLD, APART = -3, 1 << 22
-
-
-def keep_blocks_apart() -> None:
-    """Have large blocks of memory given back as soon as they are freed."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library has no such setting
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, APART)
 
 
 def main() -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and flush it and its folder to the disk."""
+def write_atomically(path: Path, data: bytes | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all, and flush it and its folder to the disk; ``data``: its bytes, or what writes
+    them to a file that is there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~umask())
-            os.fsync(file.fileno())
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                data(Path(temporary))
+        os.chmod(temporary, 0o666 & ~umask())
+        flush(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from lmrepair.model import (
     Statistics,
     Trial,
     fingerprint,
+    give_back,
     quiet,
     settled,
 )
@@ -274,6 +275,7 @@ def _attempt(
         )
         equivalents = seconds / forward_seconds(net, case.batches)
         cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
+        give_back()
         return _Attempt(method, outcomes, changes, cost, wordings=wordings)
 
 

@@ -28,6 +28,7 @@ from lmrepair.model import (
     Sites,
     Statistics,
     Trial,
+    give_back,
     settled,
     statistics_of,
 )
@@ -63,6 +64,7 @@ class Known:
         metric, sites = Metric.of(statistics, asked.damping), method.fixed_sites(net)
         for layer in sites.columns if sites is not None else ():
             metric.make(layer)  # what is written to whole, whatever the mistakes are
+        give_back()
         return Known(bases, metric, time.perf_counter() - began)
 
 

@@ -53,7 +53,12 @@ if TYPE_CHECKING:
         Net as Net,
         settled as settled,
     )
-    from lmrepair.model.progress import Progress as Progress, quiet as quiet
+    from lmrepair.model.process import (
+        Progress as Progress,
+        give_back as give_back,
+        keep_blocks_apart as keep_blocks_apart,
+        quiet as quiet,
+    )
     from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import (
         READ_AT_ONCE as READ_AT_ONCE,

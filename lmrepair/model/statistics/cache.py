@@ -23,7 +23,7 @@ from lmrepair.failures import Failure, Reference, Tokens, write_atomically
 from lmrepair.model.anatomy import agreed
 from lmrepair.model.digests import Fingerprint, fingerprint
 from lmrepair.model.net import Net, settled
-from lmrepair.model.progress import Progress, quiet
+from lmrepair.model.process import Progress, give_back, quiet
 from lmrepair.model.statistics.joining import joined
 from lmrepair.model.statistics.moments import Asked, Moment, OnDemand, Statistics
 from lmrepair.model.statistics.packing import pack, shapes, size, unpack
@@ -139,9 +139,11 @@ class _Gathering:
             progress(f"statistics, once for {what}: {text.tokens:,} tokens, {room:.0f} MB kept", 0, 1)
             own = (text.own, text.length, self.seed)
             found = _packed(_gathered(file, self.net, text.given, self.asked, own, progress))
+            give_back()
             file.write(*found)
             file.part.remove()
             found = _kept(file, self.net, self.kinds) or found  # on the disk, not in memory
+            give_back()
         return _statistics(found, self.kinds, text.name)
 
     def _file(self, text: _Text) -> _File:
@@ -210,7 +212,9 @@ def _gathered(
 
 def _written(net: Net, count: int, length: int, seed: int) -> list[Tokens]:
     with settled(net.model):
-        return net.sample(count, length, seed, beginnings(net, length))
+        made = net.sample(count, length, seed, beginnings(net, length))
+    give_back()
+    return made
 
 
 def _texts(ids: Tensor | None, count: int, length: int) -> list[Tokens]:
@@ -314,7 +318,7 @@ class _File:
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps({**record, "key": self.key, "digest": _digest(whole)}, sort_keys=True)
         try:
-            write_atomically(self.path, safetensors.torch.save(whole, {"lmrepair": text}))
+            write_atomically(self.path, lambda to: safetensors.torch.save_file(whole, to, {"lmrepair": text}))
         except OSError as error:
             log.warning(
                 "statistics cannot be kept in %s (%s) and are gathered again next time; LMREPAIR_CACHE names a folder",

@@ -20,7 +20,7 @@ from lmrepair.model.statistics.packing import strips
 
 FULL_WIDTH = 2048  # "auto" keeps moments full up to this width, sampled above it; of a mixture, block by block,
 BLOCKS = 1 << 24  # up to so many numbers a layer, and the diagonal above that
-READ_AT_ONCE = 144  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
+READ_AT_ONCE = 104  # padded tokens in one pass: what a backward pass needs of them is held meanwhile
 
 Report = Callable[[int, int], None]
 
@@ -78,6 +78,10 @@ class Sums:
         }
         kind = kind_for(asked.outputs, (net.hidden,))
         outputs = {layer: Sum(kind) for layer in range(net.layers)} if asked.slopes else {}
+        for layer, place in enumerate(net.anatomy.ffns):  # side by side, not between what passes leave
+            inputs[layer].begin(sum(place.widths), net.device)
+            if layer in outputs:
+                outputs[layer].begin(net.hidden, net.device)
         generator = torch.Generator(net.device).manual_seed(seed)
         with settled(net.model):
             head = Head.of(net, tokens[0])
@@ -195,14 +199,23 @@ class Sum:
     widths: tuple[int, ...] = ()
     parts: list[Tensor] = field(default_factory=list)
 
+    def begin(self, width: int, device: torch.device) -> None:
+        """Make room for what is summed up, of a full moment and of blocks; the others take little."""
+        if self.kind == "full":
+            shapes = [(rows.stop - rows.start, width - rows.start) for rows in strips(width)]
+        else:
+            shapes = [(max(self.widths), width)] if self.kind == "blocks" else []
+        self.parts = [torch.zeros(shape, device=device) for shape in shapes]
+
     def add(self, x: Tensor, sampled: Tensor) -> None:
         """Take rows x [n, w]; a sampled moment keeps some of them."""
         x = x.float()
         if self.kind == "sampled":
             self.parts = [torch.cat([*self.parts, x[sampled].cpu()])]
             return
+        if not self.parts:
+            self.begin(x.shape[1], x.device)
         if self.kind == "blocks":
-            self.parts = self.parts or [x.new_zeros(max(self.widths), x.shape[1])]
             for one in blocks(self.widths):
                 mine = x[:, one][x[:, one].any(dim=1)]  # of the tokens that the expert saw
                 self.parts[0][: one.stop - one.start, one].addmm_(mine.T, mine)
@@ -210,9 +223,6 @@ class Sum:
         if self.kind != "full":
             self.parts = [sum(self.parts, x.square().sum(dim=0))]
             return
-        if not self.parts:
-            width = x.shape[1]
-            self.parts = [x.new_zeros(rows.stop - rows.start, width - rows.start) for rows in strips(width)]
         for part, rows in zip(self.parts, strips(x.shape[1]), strict=True):
             part.addmm_(x[:, rows].T, x[:, rows.start :])
 
