@@ -250,10 +250,11 @@ def _attempt(
         if first is None:
             say_memory(net, method, rows, sites, progress)
         with Trial(net, sites) as trial:
-            solver = Solver(net, method, known, sites, trial, progress, heard)
+            solver = Solver(net, method, known, sites, trial, progress, heard, first)
+            del first
             batches = case.batches if rows == [*case.tokens] else net.batches(rows)
             worded = diagnoses(more := net.batches(others), net.prefer(more)) if others else []
-            solver.solve(batches, [*before, *worded, *(Diagnosis(item, ()) for item in kept)], first)
+            solver.solve(batches, [*before, *worded, *(Diagnosis(item, ()) for item in kept)])
             seconds = time.perf_counter() - began
             after, greedy = case.check(solver.preferred if batches is case.batches else None)
             check_seconds = time.perf_counter() - began - seconds

@@ -106,8 +106,10 @@ class Solver:
         trial: Trial,
         progress: Progress,
         heard: Mapping[Tokens, Tensor] | None = None,
+        first: Reading | None = None,
     ) -> None:
-        """``heard``: states of the failures' prompts in the net as it is, as ``listening`` keeps them."""
+        """``heard``: states of the failures' prompts in the net as it is, as ``listening`` keeps them; ``first``: their
+        ``first_reading``, which is let go of where the first step is made."""
         self.net, self.method, self.known, self.sites = net, method, known, sites
         self.trial, self.progress, self.heard = trial, progress, heard or {}
         # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
@@ -117,6 +119,7 @@ class Solver:
         }
         self.start = self.deltas
         self.steps = 0
+        self._first = first
         self.groups: list[list[Tokens]] = []  # the failures of each problem, in order
         self.stopped = ""  # why the steps were stopped, if they were destroying the model
         self._probe: Probe | None = None
@@ -127,14 +130,14 @@ class Solver:
         """What is preferred now in the batches that were solved."""
         return self.preferred if self.preferred is not None else self.net.prefer(batches)
 
-    def solve(self, batches: Sequence[Batch], found: Sequence[Diagnosis], first: Reading | None = None) -> None:
-        """Work on the failures that have mistakes, in the method's mode; ``first`` is their ``first_reading``.
+    def solve(self, batches: Sequence[Batch], found: Sequence[Diagnosis]) -> None:
+        """Work on the failures that have mistakes, in the method's mode.
 
         What is too much for one problem is solved group by group, in turn, in as many rounds as it takes.
         """
         self.groups = self.groups or self.method.groups(self.net, [item.tokens for item in found], self.sites)
         if len(self.groups) == 1 and self.method.mode != "iterative":
-            self._run(batches, first=first)
+            self._run(batches)
             return
         if self.method.mode == "multi-failure":
             self.method = replace(self.method, mode="batch")
@@ -204,9 +207,7 @@ class Solver:
             memory = self._run(batches, focus, memory)
             position = ahead[0] + 1
 
-    def _run(
-        self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None, first: Reading | None = None
-    ) -> Any:
+    def _run(self, batches: Sequence[Batch], focus: Tensor | None = None, earlier: Any = None) -> Any:
         """At most ``epochs`` steps on one problem; the best state of several failures is the one that stays.
 
         ``earlier`` is what the method remembers of the problem before; what it remembers now is returned.
@@ -224,12 +225,11 @@ class Solver:
         safe = start  # the last state that was looked at
         for step in range(method.epochs):
             self.progress("steps", step, method.epochs)
-            if first is None:
+            reading, self._first = self._first, None
+            if reading is None:
                 remembered = memory if step else None
                 read = partial(method.read, self.net, batches, self.sites, focus, margin, remembered)
                 reading = self._followed(batches, heard, safe, read)
-            else:
-                reading, first = first, None
             if reading is None:
                 break
             self.preferred, safe = reading.preference, self.deltas
@@ -252,6 +252,7 @@ class Solver:
             memory = answer.memory
             self._move(answer.deltas)
             self.steps, self.preferred = self.steps + 1, None
+            del reading, problem, answer  # large, and not to be held while the next one is read
         else:
             self.preferred = self._followed(batches, heard, safe, lambda: self.net.prefer(batches))
         if not several and not method.undoes:
