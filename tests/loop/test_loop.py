@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +119,25 @@ def answered(net: Net) -> Failure:
         if min(made) > 1 and net.tokenize([failure])[0].target == made:
             return failure
     raise AssertionError("no prompt that the net continues by text")
+
+
+@pytest.mark.parametrize("method", [MinKl(), bold_star()], ids=lambda method: method.name)
+def test_no_reading_is_held_while_the_next_one_is_made(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+    read, held = type(method).read, []
+
+    def watched(self: Method, *given: object, **named: object) -> object:
+        gc.collect()
+        held.append(sum(one() is not None for one in made))
+        found: object = read(self, *given, **named)  # type: ignore[arg-type]
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(type(method), "read", watched)
+    result = repair(oracle_models.net(), FAILURES, method, TEXT)
+    assert result.cost.steps > 1
+    assert len(held) > 2
+    assert not any(held)
 
 
 def test_alone_leaves_the_net_untouched() -> None:
