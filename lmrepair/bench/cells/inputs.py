@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmrepair.bench.grid_file import EMBEDDED, DataSpec, DriftSpec, Job
+from lmrepair.bench.standing import data_of
 from lmrepair.diagnosis import first_failing
 from lmrepair.errors import FailuresError
 from lmrepair.failures import Failure, Reference, named, read_failures, read_kept, read_kinds, read_reference
@@ -67,7 +68,7 @@ def _answered(net: Net, spec: DriftSpec, path: Path) -> Reference:
 def read_rows(net: Net, job: Job) -> Rows:
     """The rows of a cell: those on which the net makes a mistake are found here. Raises FailuresError for none."""
     cell, spec = job.cell, job.cell.data
-    path = job.data_file(spec.file, f"{spec.format}.jsonl")
+    path = data_of(job)
     grid = read_grid(path) if spec.format == "grid" else None
     everything = list(grid.cells) if grid else task_rows(spec, path)
     if grid:

@@ -101,8 +101,8 @@ class Sums:
             seen = self.head.seen(batch)
             outputs = [watched.outputs[layer] for layer in layers]
             made = torch.autograd.grad(seen, outputs, self._slopes(seen)) if layers else ()
-        if not bool(seen.isfinite().all()):
-            raise NotFiniteError(not_finite("", net.dtype))
+        if not layers:
+            self._checked(seen)
         real = F.pad(batch.mask[:, 1:], (0, 1)).reshape(-1).bool()
         rows = self.kept[self.at : self.at + int(real.sum())].to(net.device)
         self.at += len(rows)
@@ -136,11 +136,14 @@ class Sums:
         for start in range(0, len(seen), self.head.positions):
             part = seen[start : start + self.head.positions].detach().requires_grad_()
             logits = self.head.logits(part).float()
-            if not bool(logits.detach().isfinite().all()):
-                raise NotFiniteError(not_finite("", self.net.dtype))
+            self._checked(logits.detach())
             said = drawn(logits.detach(), self.generator)
             found += torch.autograd.grad(F.cross_entropy(logits, said, reduction="sum"), part)
         return torch.cat(found)
+
+    def _checked(self, values: Tensor) -> None:
+        if not bool(values.isfinite().all()):
+            raise NotFiniteError(not_finite("", self.net.dtype))
 
     def statistics(self, name: str) -> Statistics:
         """What was read, each layer's moment put together when it is asked for."""
