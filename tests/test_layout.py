@@ -34,7 +34,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "model.anatomy": "shards stacks products gathered mixtures probe norm projections places",
     "model.edit": "sparse_integers products changes trial unwritten",
     "model.loading": "cutting checkpoint consent header gguf_file opening",
-    "model.statistics": "moments texts packing sums joining cache",
+    "model.statistics": "cache moments texts packing sums joining gathering",
     "methods.maths": "optimiser basis closed_form direct_path spans tail margins dual linearised",
     "methods.keyed": "values keyed rome memit",
     "patch.disk": "stored placing experts others copies writing source",

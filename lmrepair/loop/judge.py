@@ -15,7 +15,7 @@ from lmrepair.errors import FailuresError, NotFiniteError, WrongModelError
 from lmrepair.failures import Protected, Reference, Tokens, prompt_ids, read_kinds
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.untouched import Measured, Untouched
-from lmrepair.model import Delta, Edit, Net, Product, Sites, Trial, fingerprint, greedy, settled
+from lmrepair.model import Delta, Edit, Fingerprint, Net, Product, Sites, Trial, fingerprint, greedy, settled
 from lmrepair.patch import Patch
 
 RESOLUTION = 1 / 64  # of the scale that bisection finds
@@ -118,13 +118,18 @@ class Guard:
     given: tuple[int, int]
 
     @staticmethod
-    def of(net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens], full: bool = False) -> Guard:
-        """Read the net as it is now; ``full``: KL is measured on all reference text, not as far as it decides.
+    def of(
+        net: Net, gate: Gate, reference: Reference | None, failures: Sequence[Tokens], full: bool = False,
+        model: Fingerprint | None = None,
+    ) -> Guard:  # fmt: skip
+        """Read the net as it is now; ``full``: KL is measured on all reference text, not as far as it decides;
+        ``model``: the net's fingerprint, where it is known.
 
         Raises WrongModelError for a patch in memory that was made for another model, FailuresError where
         one of the failures asks for what the gate forbids.
         """
-        _refuse_other_models(net, gate.memory)
+        model = model or fingerprint(net, {})
+        _refuse_other_models(net, model, gate.memory)
         earlier = {
             (item.tokens.prompt, item.tokens.target): item.tokens
             for patch in gate.memory
@@ -137,7 +142,7 @@ class Guard:
             _refuse_opposites(failures, kept, what)
         clear = tuple(item.tokens for item in diagnose(net, protected) if not item.mistakes)
         references = gate.references or ((reference,) if reference is not None else tuple(read_kinds()))
-        untouched = Untouched.of(net, references, full)
+        untouched = Untouched.of(net, references, full, model)
         return Guard(net, gate, untouched, protected, clear, memory, (len(gate.protect), len(earlier)))
 
     def weigh(self, changes: Changes, scale: float) -> Verdict:
@@ -281,10 +286,7 @@ def conflicts(net: Net, failures: Sequence[Tokens], broken: Sequence[Tokens], si
     return costs
 
 
-def _refuse_other_models(net: Net, memory: Sequence[Patch]) -> None:
-    if not memory:
-        return
-    now = fingerprint(net, {})
+def _refuse_other_models(net: Net, now: Fingerprint, memory: Sequence[Patch]) -> None:
     for number, patch in enumerate(memory, start=1):
         which = f"patch {number} in memory was made for {patch.made.model!r}"
         if patch.dtype != net.dtype:

@@ -26,6 +26,7 @@ from lmrepair.model import (
     Batch,
     Change,
     Edit,
+    Fingerprint,
     Net,
     Progress as Progress,
     Statistics,
@@ -80,24 +81,26 @@ def repair(
         )
     method, full = method or MinKl(), read_fully(drift)
     known = Known.of(net, method.suited(net, len(failures)), failures, statistics, progress)
-    case = Case.of(net, failures)
-    guard = Guard.of(net, gate, reference, case.tokens, full) if gate is not None else None
+    case, began = Case.of(net, failures), time.perf_counter()
+    model = fingerprint(net, {})
+    named = time.perf_counter() - began
+    guard = Guard.of(net, gate, reference, case.tokens, full, model) if gate is not None else None
     attempt = _kept(case, method, known, guard, progress, wordings)
     if not attempt.repaired or not attempt.changes:
         return attempt.result(None)
     reference = reference or read_reference()
     times = [time.perf_counter()]
-    patch = attempt.patch(net)
+    patch = attempt.patch(net, model)
     times.append(time.perf_counter())
     measured = attempt.measured
     if guard is None or measured is None or not guard.untouched.covers(reference):
         progress("drift", 0, 1)
-        measured = Untouched.of(net, [reference], full).measure(patch)
+        measured = Untouched.of(net, [reference], full, model).measure(patch)
     times.append(time.perf_counter())
     patch = recorded(patch, measured.drift, reference)
     patch.apply(net)
     made, read, applied = (later - earlier for earlier, later in pairwise([*times, time.perf_counter()]))
-    cost = replace(attempt.cost, drift_seconds=read, patch_seconds=made + applied)
+    cost = replace(attempt.cost, drift_seconds=read, patch_seconds=attempt.cost.patch_seconds + named + made + applied)
     return replace(attempt.result(patch), drift=measured.drift, cost=cost)
 
 
@@ -121,12 +124,13 @@ def repair_each(
     method = method or MinKl()
     full = read_fully(drift)
     known = Known.of(net, method.suited(net, 1), failures, statistics, progress)
-    guard = Guard.of(net, gate, None, net.tokenize(failures), full) if gate is not None else None
+    model = fingerprint(net, {})
+    guard = Guard.of(net, gate, None, net.tokenize(failures), full, model) if gate is not None else None
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
         began = time.perf_counter()
-        patch = attempt.patch(net) if attempt.changes else None
-        cost = replace(attempt.cost, patch_seconds=time.perf_counter() - began)
+        patch = attempt.patch(net, model) if attempt.changes else None
+        cost = replace(attempt.cost, patch_seconds=attempt.cost.patch_seconds + time.perf_counter() - began)
         yield replace(attempt.result(patch), cost=cost)
 
 
@@ -149,7 +153,8 @@ class _Attempt:
     def result(self, patch: Patch | None) -> Repair:
         return Repair(self.method, self.outcomes, patch, None, self.cost, self.gate)
 
-    def patch(self, net: Net) -> Patch:
+    def patch(self, net: Net, model: Fingerprint) -> Patch:
+        """``model``: the fingerprint of the net as it is."""
         items = tuple(
             Item(
                 outcome.tokens,
@@ -167,7 +172,7 @@ class _Attempt:
         settings = {**self.method.settings(), **(self.wordings.data() if self.wordings else {})}
         made = Made(net.name, self.method.name, settings, {}, versions, gate, net.source.data())
         changed = {layer: change.columns for layer, change in self.changes.items() if isinstance(change, Change)}
-        return Patch(dict(self.changes), items, made, fingerprint(net, changed))
+        return Patch(dict(self.changes), items, made, fingerprint(net, changed, model))
 
 
 def _kept(
@@ -182,9 +187,13 @@ def _kept(
     if guard is None:
         return _attempt(case, method, known, progress, wordings)
     attempts: list[_Attempt] = []
+    solving = 0.0
 
     def solve(chosen: Sequence[int], kept: Sequence[Tokens]) -> Solved:
+        nonlocal solving
+        start = time.perf_counter()
         attempt = _attempt(case.only(chosen), method, known, progress, wordings, kept)
+        solving += time.perf_counter() - start
         attempts.append(attempt)
         found = list(zip(chosen, attempt.outcomes, strict=True))
         fixed = tuple(index for index, outcome in found if outcome.failing and outcome.repaired)
@@ -201,8 +210,7 @@ def _kept(
             after, greedy = case.check()
         outcomes = _gated_outcomes(first.outcomes, after, greedy, method, why(runs, best))
     lost = [now.tokens.id for old, now in zip(first.outcomes, outcomes, strict=True) if old.repaired > now.repaired]
-    spent = sum(attempt.cost.seconds + attempt.cost.check_seconds for attempt in attempts)
-    cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - spent)
+    cost = replace(_sum_of(attempts), gate_seconds=time.perf_counter() - began - solving)
     measured = best.judged.verdict.measured if best is not None and best.judged is not None else None
     # Settings that were left to what is asked stand in the attempt that is kept.
     used = next((attempt for run, attempt in zip(runs, attempts, strict=True) if run is best), first).method
@@ -267,7 +275,9 @@ def _attempt(
                 solver.solve(batches, diagnoses(batches, solver.now(batches), solver.method.margin))
                 seconds = time.perf_counter() - began
                 after, greedy = case.check()
+            began = time.perf_counter()
             changes = trial.changes(solver.deltas)
+            made = time.perf_counter() - began
         outcomes = tuple(
             Outcome(
                 failure, b.tokens, b.mistakes, a.mistakes, _reason(a, same, method, bool(b.mistakes), solver.stopped)
@@ -275,7 +285,7 @@ def _attempt(
             for failure, b, a, same in zip(case.failures, before, after, greedy, strict=True)
         )
         equivalents = seconds / forward_seconds(net, case.batches)
-        cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds)
+        cost = Cost(seconds, equivalents, check_seconds, solver.steps, known.seconds, patch_seconds=made)
         give_back()
         return _Attempt(method, outcomes, changes, cost, wordings=wordings)
 
@@ -316,6 +326,6 @@ def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
 
 def _sum_of(attempts: Sequence[_Attempt]) -> Cost:
     costs = [attempt.cost for attempt in attempts]
-    names = ("seconds", "forward_equivalents", "check_seconds", "steps")
+    names = ("seconds", "forward_equivalents", "check_seconds", "steps", "patch_seconds")
     total = {name: sum(getattr(cost, name) for cost in costs) for name in names}
     return replace(costs[0], **total)

@@ -43,7 +43,7 @@ class Cost:
     same model, in the same run (median of three). ``check_seconds`` is the greedy decoding afterwards,
     ``statistics_seconds`` what gathering (or reading) and inverting statistics took once, before the first repair,
     ``gate_seconds`` what the gate took beside solving again, ``drift_seconds`` the record's drift where the
-    gate had not measured it, ``patch_seconds`` fingerprints and applying.
+    gate had not measured it, ``patch_seconds`` fingerprints, factors and what is left beside them, and applying.
     """
 
     seconds: float

@@ -1,20 +1,27 @@
-"""The untouched model on reference text: read a stage at a time, as far as it takes to decide, and kept for a run."""
+"""The untouched model on reference text: read a stage at a time, as far as it takes to decide, and kept.
+
+What it says is kept for a run as the states in front of its head, and on disk for the next one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import Tensor
 
 from lmrepair.errors import UsageError
 from lmrepair.failures import Reference, Tokens
 from lmrepair.measure import Drift, Edit, compare, refuse_namesakes, text_batches, worst_first
-from lmrepair.model import WINDOW, Batch, Head, Net, settled, windows
+from lmrepair.model import WINDOW, Batch, CachedFile, Fingerprint, Head, Net, cache_folder, settled, windows
 
 STAGES = (16, 48, 128, WINDOW)  # how many tokens of each text are read by then; after the last, all that is measured
+FORMAT = 1  # of the files of states
 ERRORS, LARGEST = 4.0, 4.0  # how far a mean may be off: standard errors, and positions as large as the largest seen
 
 
@@ -32,7 +39,7 @@ class Untouched:
 
     ``texts``: which of the references each text is of, and its tokens. ``kept``: by stage and kinds, batches with
     the kind of each position, and the states; the gate and the record share them. ``full``: one stage, all of the
-    texts.
+    texts. ``model``: the net's fingerprint, under which the states are kept on disk too (None: they are not).
     """
 
     net: Net
@@ -40,18 +47,22 @@ class Untouched:
     texts: tuple[tuple[int, Tokens], ...]
     head: Head
     full: bool = False
+    model: Fingerprint | None = None
     kept: dict[tuple[int, tuple[int, ...]], list[tuple[Batch, Tensor, Tensor]]] = field(
         default_factory=dict, compare=False
     )
 
     @staticmethod
-    def of(net: Net, references: Sequence[Reference], full: bool = False) -> Untouched:
+    def of(
+        net: Net, references: Sequence[Reference], full: bool = False, model: Fingerprint | None = None
+    ) -> Untouched:
         """Nothing is read yet but a few tokens. Raises UsageError for two references of one name."""
         refuse_namesakes(references)
         found = [(kind, item) for kind, one in enumerate(references) for item in windows(net, one.texts)]
         with settled(net.model):
             head = Head.of(net, found[0][1])
-        return Untouched(net, tuple(references), tuple(found), head, full)
+        # Ranks that share a model would each look at a disk of their own.
+        return Untouched(net, tuple(references), tuple(found), head, full, None if net.in_shards else model)
 
     def covers(self, reference: Reference) -> bool:
         """Whether these are the texts of a reference, in whatever order."""
@@ -97,14 +108,44 @@ class Untouched:
         kinds = torch.tensor([kind for kind, _ in chosen])
         _, batches = text_batches(self.net, [piece for _, piece in chosen], self.head) if chosen else (None, [])
         read, at = [], 0
-        for batch in batches:
-            item = (batch, self.head.seen(batch), kinds[at : at + len(batch.tokens)][batch.owner.cpu()])
+        for batch, states in zip(batches, self._states(batches), strict=True):
+            item = (batch, states, kinds[at : at + len(batch.tokens)][batch.owner.cpu()])
             at += len(batch.tokens)
             yield item
             if not self.head.whole:
                 read.append(item)
         if not self.head.whole:
             self.kept[stage, wanted] = read
+
+    def _states(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """What the head has seen of each batch: from the disk, or read and put there."""
+        counts = [len(batch.wanted) for batch in batches]
+        if self.model is None or self.head.whole or not counts:
+            yield from map(self.head.seen, batches)
+            return
+        file = _file(self.net, self.model, batches)
+        found = file.read(lambda tensors: set(tensors) == {"states"} and _fit(tensors["states"], sum(counts)))
+        if found is not None:
+            yield from found[0]["states"].to(self.net.device).split(counts)
+            return
+        states = []
+        for batch in batches:
+            states.append(self.head.seen(batch))
+            yield states[-1]
+        file.write({"states": torch.cat(states)}, {})
+
+
+def _file(net: Net, model: Fingerprint, batches: Sequence[Batch]) -> CachedFile:
+    """Under all that the states depend on: weights and how they are run, the texts, and who computes."""
+    texts = [[(item.prompt, item.target) for item in batch.tokens] for batch in batches]
+    run = (str(net.dtype), net.device.type, torch.get_num_threads(), torch.__version__, transformers.__version__)
+    wanted = [FORMAT, model.body, model.layers, net.model.config.to_json_string(), run, texts]
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+    return CachedFile(cache_folder() / f"untouched-{key[:32]}.safetensors", key)
+
+
+def _fit(states: Tensor, count: int) -> bool:
+    return states.dim() == 2 and len(states) == count and bool(states.isfinite().all())
 
 
 def _shares(tables: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,18 @@ class Fingerprint:
     experts: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
-def fingerprint(net: Net, changed: Mapping[int, Tensor]) -> Fingerprint:
+def fingerprint(net: Net, changed: Mapping[int, Tensor], known: Fingerprint | None = None) -> Fingerprint:
     """The fingerprint of a net without the neurons ``changed`` (layer → indices [k]).
 
+    ``known``: that of the same net as it is, without any left out; then only the changed layers are read.
     Of a model in shards, every rank has to ask for it: it is that of the whole.
     """
+    if known is not None:
+        digests = [
+            layer_digest(net, layer, changed[layer]) if layer in changed else found
+            for layer, found in enumerate(known.layers)
+        ]
+        return replace(known, layers=tuple(digests))
     every = net.model.state_dict()  # before it is asked where neurons lie: shards put together may be let go of here
     projections = {stack.at for place in net.anatomy.ffns for stack in place.stacks}
     body = {

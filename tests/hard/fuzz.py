@@ -37,7 +37,7 @@ from oracle_models import FAILURES
 from lmrepair import LmrepairError, MinKl, Net, Patch, read_failures, read_reference, statistics_of
 from lmrepair.model.loading.checkpoint import loading
 from lmrepair.model.loading.gguf_file import open_gguf
-from lmrepair.model.statistics.cache import _File
+from lmrepair.model.statistics import CachedFile
 from lmrepair.patch.disk.stored import INDEX, read_checkpoint
 from lmrepair.patch.format import KEY, _stamp
 
@@ -148,13 +148,13 @@ def readers(folder: Path) -> list[tuple[str, bytes, Callable[[Path], object]]]:
     ]
 
 
-def gathered(net: Net, folder: Path) -> _File:
+def gathered(net: Net, folder: Path) -> CachedFile:
     """The file of statistics that a model's own text gives."""
     asked = replace(MinKl().asks(), inputs="sampled", outputs="diagonal", samples=2)
     statistics_of(net, asked, cache=folder / "cache", own=1)
     (path,) = (folder / "cache").iterdir()
     with safetensors.safe_open(str(path), framework="pt") as file:
-        return _File(path, json.loads(file.metadata()["lmrepair"])["key"])
+        return CachedFile(path, json.loads(file.metadata()["lmrepair"])["key"])
 
 
 def refused_unless(found: object) -> object:

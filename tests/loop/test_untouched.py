@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import oracle_models
 import pytest
 import torch
 from oracle_models import bold_star
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lmrepair import Gate, Net, Reference, Star, UsageError, repair
 from lmrepair.loop import untouched as module
 from lmrepair.loop.judge import Scaled
 from lmrepair.loop.untouched import Untouched, bounds, undecided
 from lmrepair.measure.drift import measure_drift
+from lmrepair.model import CachedFile, fingerprint
 from lmrepair.model.edit import Change
 
 STAR = bold_star(learning_rate=0.1, epochs=100)
@@ -58,17 +63,15 @@ def test_far_from_the_bound_few_positions_are_read_and_the_net_once(monkeypatch:
     monkeypatch.setattr(module, "STAGES", (16, 256))
     net = oracle_models.net()
     read = Untouched.of(net, [TEXT, MORE])
-    passes: list[int] = []
-    real = Net.logits_and_states
-    monkeypatch.setattr(Net, "logits_and_states", lambda *given, **named: passes.append(1) or real(*given, **named))
+    found = passes(monkeypatch)
     small = read.measure(edit(net, 1e-4), 0.1)
     few = small.drift.tokens
     assert few < 60 < sum(len(item.target) for _, item in read.texts)
-    assert len(passes) == 2  # without the edit and with it
+    assert len(found) == 2  # without the edit and with it
     assert read.measure(edit(net, 10.0), 0.1).drift.tokens == few
-    assert len(passes) == 3
+    assert len(found) == 3
     assert read.measure(edit(net), math.inf).drift.tokens == few
-    assert len(passes) == 4
+    assert len(found) == 4
 
 
 def test_what_is_no_number_is_decided() -> None:
@@ -108,6 +111,85 @@ def test_only_kinds_that_are_open_are_read_on(monkeypatch: pytest.MonkeyPatch) -
     mean = sum(count * kl for count, kl in zip(counts, kls, strict=True)) / sum(counts)
     assert found.drift.kl == pytest.approx(mean, rel=1e-6)
     assert found.drift.tokens == found.kinds["long"].tokens + found.kinds["fox"].tokens
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every forward pass that reads states."""
+    found: list[int] = []
+    real = Net.logits_and_states
+    monkeypatch.setattr(Net, "logits_and_states", lambda *given, **named: found.append(1) or real(*given, **named))
+    return found
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LMREPAIR_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_later_run_finds_the_states_on_the_disk(full: bool, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    net = oracle_models.net()
+    named, change = fingerprint(net, {}), edit(net)
+    first = Untouched.of(net, [TEXT, MORE], full, named).measure(change)
+    again, read = Untouched.of(net, [TEXT, MORE], full, named), passes(monkeypatch)
+    assert again.measure(change) == first
+    assert len(read) == 1  # with the edit alone
+    assert len(list(own_cache.glob("untouched-*"))) == 1
+
+
+def test_states_of_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """Other texts, other weights, another way to run them, other threads: each has a file of its own."""
+    net = oracle_models.net()
+    Untouched.of(net, [TEXT], model=fingerprint(net, {})).measure(edit(net))
+    read = passes(monkeypatch)
+    with edit(net).on(net):
+        moved = fingerprint(net, {})
+        other = Untouched.of(net, [TEXT], model=moved).measure(edit(net, 0.0))
+    assert (other.drift.kl, len(read)) == (0.0, 3)  # the head's form, without the edit and with it
+    Untouched.of(net, [MORE], model=fingerprint(net, {})).measure(edit(net))
+    assert len(read) == 6
+    net.model.config.rope_theta = 123.0
+    Untouched.of(net, [TEXT], model=fingerprint(net, {})).measure(edit(net))
+    assert len(read) == 9
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    Untouched.of(net, [TEXT], model=fingerprint(net, {})).measure(edit(net))
+    assert (len(read), len(list(own_cache.glob("untouched-*")))) == (12, 5)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a byte", "no number", "too few", "another name"])
+def test_damaged_states_are_read_anew(damage: str, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    net = oracle_models.net()
+    named, change = fingerprint(net, {}), edit(net)
+    wanted = Untouched.of(net, [TEXT], model=named).measure(change)
+    (path,) = own_cache.glob("untouched-*")
+    raw = path.read_bytes()
+    if damage == "cut off":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "a byte":
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    else:
+        states = load_file(path)["states"]
+        states = {"no number": states * math.nan, "too few": states[1:], "another name": states}[damage]
+        with safe_open(path, "pt") as file:
+            key = json.loads(file.metadata()["lmrepair"])["key"]
+        CachedFile(path, key).write({"states" if damage != "another name" else "state": states}, {})
+    read = passes(monkeypatch)
+    assert Untouched.of(net, [TEXT], model=named).measure(change) == wanted
+    assert len(read) == 3
+    assert path.read_bytes() == raw  # mended
+
+
+def test_without_a_folder_to_keep_them_in_nothing_is_kept_or_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LMREPAIR_CACHE", str(tmp_path / "file" / "cache"))
+    net = oracle_models.net()
+    for _ in range(2):
+        read = Untouched.of(net, [TEXT], model=fingerprint(net, {}))
+        assert read.measure(edit(net)) == Untouched.of(net, [TEXT]).measure(edit(net))
+    assert not caplog.records
 
 
 HEAVY = {

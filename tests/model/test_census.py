@@ -41,7 +41,7 @@ def committed(scripts: Mapping[str, ModuleType]) -> dict[str, Any]:
 def test_a_class_does_what_the_record_says(
     kind: str, scripts: Mapping[str, ModuleType], committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmrepair.model.statistics.cache.LENGTH", 24)  # tokens of a text that the model writes
+    monkeypatch.setattr("lmrepair.model.statistics.gathering.LENGTH", 24)  # tokens of a text that the model writes
     found: dict[str, Any] = {}
     for fact in scripts["trial"].trial(kind):
         found |= fact

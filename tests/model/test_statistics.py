@@ -25,9 +25,10 @@ from lmrepair.errors import UsageError
 from lmrepair.failures import Failure, Tokens
 from lmrepair.model.statistics import (
     beginnings,
-    cache as module,
+    cache as cache_module,
     cache_folder,
     gather,
+    gathering as module,
     statistics_of,
     sums,
     texts as texts_module,
@@ -649,7 +650,7 @@ def forge(change: Any) -> Any:
         record = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lmrepair"])
         change(record, tensors)
         if all(tensor.dim() for tensor in tensors.values()):
-            record["digest"] = module._digest(tensors)
+            record["digest"] = cache_module._digest(tensors)
         return safetensors.torch.save(tensors, {"lmrepair": json.dumps(record)})
 
     return made

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.statistics.cache import (
+    from lmrepair.model.statistics.cache import CachedFile as CachedFile, cache_folder as cache_folder
+    from lmrepair.model.statistics.gathering import (
         Planned as Planned,
-        cache_folder as cache_folder,
         own_texts as own_texts,
         planned as planned,
         statistics_of as statistics_of,
