@@ -42,7 +42,10 @@ def repair_alone(
     drifts: list[Drift] = []
     saved = 0
     untouched = Untouched.of(net, [reference], read_fully(drift))
-    for one in repair_each(net, rows, method, statistics=statistics, gate=gate, wordings=wordings, drift=drift):
+    found = repair_each(
+        net, rows, method, statistics=statistics, gate=gate, wordings=wordings, drift=drift, reference=reference
+    )
+    for one in found:
         repair = _measured(one, untouched, reference)
         if repair.patch is not None and repair.drift is not None:
             sizes.append(PatchSize.of(repair.patch))
@@ -59,7 +62,7 @@ def _measured(repair: Repair, untouched: Untouched, reference: Reference) -> Rep
     if repair.patch is None:
         return repair
     began = time.perf_counter()
-    drift = untouched.measure(repair.patch).drift
+    drift = repair.drift or untouched.measure(repair.patch).drift
     cost = replace(repair.cost, drift_seconds=time.perf_counter() - began)
     return replace(with_drift(repair, drift, reference), cost=cost)
 

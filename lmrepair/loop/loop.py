@@ -113,25 +113,29 @@ def repair_each(
     gate: Gate | None = None,
     wordings: Wordings | None = None,
     drift: str = "quick",
+    reference: Reference | None = None,
 ) -> Iterator[Repair]:
     """Repair every failure alone from the untouched net (the papers' protocol), and leave the net untouched.
 
-    Yields a Repair per failure, in order, without drift; its patch is the attempt's, whether or not it
+    Yields a Repair per failure, in order; its patch is the attempt's, whether or not it
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
     With a ``gate``, each patch has to pass it on its own: there is a patch only where it does, and ``drift`` says
-    how the gate measures KL, as for ``repair``.
+    how the gate measures KL, as for ``repair``. A Repair has drift only where the gate reads the texts of
+    ``reference`` anyway.
     """
     method = method or MinKl()
     full = read_fully(drift)
     known = Known.of(net, method.suited(net, 1), failures, statistics, progress)
     model = fingerprint(net, {})
     guard = Guard.of(net, gate, None, net.tokenize(failures), full, model) if gate is not None else None
+    covered = guard is not None and reference is not None and guard.untouched.covers(reference)
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
         began = time.perf_counter()
         patch = attempt.patch(net, model) if attempt.changes else None
         cost = replace(attempt.cost, patch_seconds=attempt.cost.patch_seconds + time.perf_counter() - began)
-        yield replace(attempt.result(patch), cost=cost)
+        found = attempt.measured.drift if covered and patch and attempt.measured else None
+        yield replace(attempt.result(patch), cost=cost, drift=found)
 
 
 @dataclass(frozen=True)

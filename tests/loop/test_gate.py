@@ -34,9 +34,10 @@ from lmrepair import (
 )
 from lmrepair.failures import shipped
 from lmrepair.failures.tokens import Tokens
-from lmrepair.loop import loop
+from lmrepair.loop import loop, repair_alone
 from lmrepair.loop.judge import GRID, RESOLUTION, Guard, Scaled, Verdict, needed_scales
-from lmrepair.model import writing
+from lmrepair.loop.untouched import Untouched
+from lmrepair.model import quiet, writing
 from lmrepair.model.edit import Change, LowRank, Product, Trial, patched, same_bits
 from lmrepair.model.statistics import windows
 
@@ -476,6 +477,20 @@ def test_alone_every_patch_has_to_pass_and_the_net_stays_untouched() -> None:
             with result.patch.on(net):
                 assert says(net.model, result.outcomes[0].tokens)
                 assert kl(oracle_models.net(), dict(result.patch.changes), 1.0, ONE) <= limit * 1.001
+
+
+def test_alone_what_the_gate_has_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it reads the texts of the record; the figures are those of a measurement of its own."""
+    net, measured = oracle_models.net(), []
+    real = Untouched.measure
+    monkeypatch.setattr(Untouched, "measure", lambda *given: measured.append(1) or real(*given))
+    made, _, drifts, _ = repair_alone(net, FAILURES[:2], STAR, ONE, None, quiet, Gate(9.0, (ONE,)), drift="full")
+    assert len(measured) == len(drifts) == 2
+    plain = repair_alone(net, FAILURES[:2], STAR, ONE, None, quiet, drift="full")
+    assert (drifts, [one.drift for one in made]) == (plain[2], drifts)
+    measured.clear()
+    repair_alone(net, FAILURES[:2], STAR, ONE, None, quiet, Gate(9.0, (TWO,)))
+    assert len(measured) == 4
 
 
 def test_a_patch_keeps_the_gates_record_and_older_files_have_none(tmp_path: Path) -> None:
