@@ -103,9 +103,13 @@ def bench(
 
     With the "local" executor ``jobs`` processes, with "ray" as many actors on the cluster that
     RAY_ADDRESS names (or a local one). A cell that fails is recorded with its error, one whose worker
-    dies is tried ATTEMPTS times; the others go on.
+    dies is tried ATTEMPTS times; the others go on. Of cells that are done nothing changes but their place in the
+    grid, which reports follow.
     """
     todo = [item for item in planned if item.state != "done"]
+    for item in planned:
+        if item.state == "done":
+            _put_in_place(item)
     queue = deque(todo)
     total = len(todo)
     say(f"{len(planned)} cells: {len(planned) - total} done, {total} to run{_states(todo)}")
@@ -171,9 +175,20 @@ def _write(grid: BenchGrid, item: Planned, ended: Ended) -> str:
         "error": error,
         **(ended.result or {}),
     }
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    write_atomically(item.file, text.encode("utf-8", "backslashreplace") + b"\n")
+    _write_record(item.file, record)
     return f"{error['type']}: {error['message']}" if error else ""
+
+
+def _put_in_place(item: Planned) -> None:
+    """Give a cell that is done its place in the grid, where studies have come or gone before it."""
+    record = json.loads(item.file.read_bytes())
+    if record.get("order") != item.order:
+        _write_record(item.file, {**record, "order": item.order})
+
+
+def _write_record(file: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    write_atomically(file, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _states(todo: Sequence[Planned]) -> str:

@@ -129,10 +129,11 @@ def _until_closed(theirs: Connection) -> None:
 
 
 class RayActors(Workers):
-    """Actors on a Ray cluster, one job at a time each. An actor that dies is started again by Ray, on any node.
+    """Actors on a Ray cluster, one job at a time each. In the place of one that dies comes another, on any node.
 
-    Jobs are not retried by Ray: with retries on the task, one job that kills its process kills the actor
-    for good. Whoever submits decides.
+    Neither jobs nor actors are tried again by Ray: with retries on the task, one job that kills its process kills
+    the actor for good, and an actor that Ray is about to restart refuses jobs as if it had died on them, where a
+    new one lets them wait until it stands. Whoever submits decides.
     """
 
     def __init__(self, work: Work, count: int, on_gpu: bool = False) -> None:
@@ -141,8 +142,9 @@ class RayActors(Workers):
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=False)
         # Ray hides the GPUs from an actor that asks for none.
         gpus = min(1.0, self._ray.cluster_resources().get("GPU", 0.0) / count) if on_gpu else 0.0
-        made = self._ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
-        super().__init__([made.remote(work) for _ in range(count)])
+        made = self._ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
+        self._start: Callable[[], Any] = lambda: made.remote(work)
+        super().__init__([self._start() for _ in range(count)])
 
     def _send(self, worker: Any, job: Any) -> Any:
         return worker.run.remote(job)
@@ -155,6 +157,8 @@ class RayActors(Workers):
                 ended.append(Ended(job, self._ray.get(reference)))
             except self._ray.exceptions.RayActorError:
                 ended.append(Ended(job))
+                self._ray.kill(actor)
+                actor = self._start()
             except self._ray.exceptions.RayTaskError as error:
                 ended.append(Ended(job, error=_cause(error)))
             self._idle.append(actor)

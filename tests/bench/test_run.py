@@ -213,6 +213,18 @@ def test_done_cells_are_skipped_and_stale_ones_run_again(tmp_path: Path) -> None
     assert bench(grid, again, 1, "local", lambda _: None, works.quick) == Summary(1, 0, ())
 
 
+def test_done_cells_follow_the_grid_and_nothing_else_of_them_changes(tmp_path: Path) -> None:
+    run(tmp_path, works.quick)
+    before = records(tmp_path)
+    other = GRID.replace('[[methods]]\nname = "star"\n', "").replace(
+        "[[studies]]", '[[methods]]\nname = "star"\n[[studies]]'
+    )
+    assert run(tmp_path, works.quick, other)[0] == Summary(0, 3, ())
+    after = records(tmp_path)
+    assert [(name, after[name]["order"]) for name in before] == [("prompt", 1), ("sgd", 0), ("star", 2)]
+    assert {name: {**record, "order": before[name]["order"]} for name, record in after.items()} == before
+
+
 def test_a_cell_asked_for_more_rows_knows_its_first_ones(tmp_path: Path) -> None:
     run(tmp_path, works.whole)
     more = GRID.replace("failing = 2", "failing = 3")
