@@ -5,8 +5,6 @@ What it says is kept for a run as the states in front of its head, and on disk f
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +138,7 @@ def _file(net: Net, model: Fingerprint, batches: Sequence[Batch]) -> CachedFile:
     texts = [[(item.prompt, item.target) for item in batch.tokens] for batch in batches]
     run = (str(net.dtype), net.device.type, torch.get_num_threads(), torch.__version__, transformers.__version__)
     wanted = [FORMAT, model.body, model.layers, net.model.config.to_json_string(), run, texts]
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    return CachedFile(cache_folder() / f"untouched-{key[:32]}.safetensors", key)
+    return CachedFile.of(cache_folder(), "untouched", wanted)
 
 
 def _fit(states: Tensor, count: int) -> bool:

@@ -73,6 +73,12 @@ class CachedFile:
     path: Path
     key: str
 
+    @staticmethod
+    def of(folder: Path, name: str, wanted: Any) -> CachedFile:
+        """The file in a folder of what is ``wanted``: plain values, all that its tensors depend on."""
+        key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+        return CachedFile(folder / f"{name}-{key[:32]}.safetensors", key)
+
     @property
     def part(self) -> CachedFile:
         """The file of a run that is under way."""

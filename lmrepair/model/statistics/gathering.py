@@ -155,8 +155,7 @@ class _Gathering:
         wanted = {"format": FORMAT, "body": self.model.body, "layers": self.model.layers, "text": text.name,
                   "given": read, "kinds": sorted(self.kinds.items()), "samples": asked.samples,
                   "torch": torch.__version__, "weighted": asked.weighted, "begun": begun}  # fmt: skip
-        key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-        return CachedFile(self.folder / f"statistics-{key[:32]}.safetensors", key)
+        return CachedFile.of(self.folder, "statistics", wanted)
 
 
 def _given(net: Net, reference: Reference | Sequence[Failure] | None) -> tuple[list[Tokens], str]:
