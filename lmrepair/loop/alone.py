@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 from lmrepair.failures import Failure, Reference, Wordings
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.loop import repair_each
-from lmrepair.loop.outcome import Repair, with_drift
-from lmrepair.loop.untouched import Untouched, read_fully
+from lmrepair.loop.outcome import Repair
 from lmrepair.measure import Drift
 from lmrepair.methods import Method
 from lmrepair.model import Net, Progress, Statistics
@@ -41,12 +39,10 @@ def repair_alone(
     sizes: list[PatchSize] = []
     drifts: list[Drift] = []
     saved = 0
-    untouched = Untouched.of(net, [reference], read_fully(drift))
     found = repair_each(
         net, rows, method, statistics=statistics, gate=gate, wordings=wordings, drift=drift, reference=reference
     )
-    for one in found:
-        repair = _measured(one, untouched, reference)
+    for repair in found:
         if repair.patch is not None and repair.drift is not None:
             sizes.append(PatchSize.of(repair.patch))
             drifts.append(repair.drift)
@@ -56,15 +52,6 @@ def repair_alone(
         made.append(replace(repair, patch=None))
         progress("repairs", len(made), len(rows))
     return made, sizes, drifts, saved > 0
-
-
-def _measured(repair: Repair, untouched: Untouched, reference: Reference) -> Repair:
-    if repair.patch is None:
-        return repair
-    began = time.perf_counter()
-    drift = repair.drift or untouched.measure(repair.patch).drift
-    cost = replace(repair.cost, drift_seconds=time.perf_counter() - began)
-    return replace(with_drift(repair, drift, reference), cost=cost)
 
 
 def _file_name(identity: str) -> str:

@@ -17,7 +17,7 @@ from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictio
 from lmrepair.loop.case import Case
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.judge import Guard, Scaled
-from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded
+from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded, with_drift
 from lmrepair.loop.search import Gated, Search, Solved, best_of, gated, why
 from lmrepair.loop.solver import Known, Solver, first_reading, say_memory
 from lmrepair.loop.untouched import Measured, Untouched, read_fully
@@ -119,23 +119,30 @@ def repair_each(
 
     Yields a Repair per failure, in order; its patch is the attempt's, whether or not it
     repaired the failure (None for a failure that was answered rightly, or an attempt that changed nothing).
-    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does, and ``drift`` says
-    how the gate measures KL, as for ``repair``. A Repair has drift only where the gate reads the texts of
-    ``reference`` anyway.
+    With a ``gate``, each patch has to pass it on its own: there is a patch only where it does, and ``drift`` says how
+    KL is measured, as for ``repair``. Drift is measured where there is a ``reference``; the gate's own measurement is
+    taken where it reads these texts.
     """
     method = method or MinKl()
     full = read_fully(drift)
     known = Known.of(net, method.suited(net, 1), failures, statistics, progress)
     model = fingerprint(net, {})
     guard = Guard.of(net, gate, None, net.tokenize(failures), full, model) if gate is not None else None
-    covered = guard is not None and reference is not None and guard.untouched.covers(reference)
+    untouched = guard.untouched if guard is not None else None
+    covered = untouched is not None and reference is not None and untouched.covers(reference)
+    if reference is not None and not covered:
+        untouched = Untouched.of(net, [reference], full, model)
     for failure in failures:
         attempt = _kept(Case.of(net, [failure]), method, known, guard, progress, wordings)
         began = time.perf_counter()
         patch = attempt.patch(net, model) if attempt.changes else None
-        cost = replace(attempt.cost, patch_seconds=attempt.cost.patch_seconds + time.perf_counter() - began)
-        found = attempt.measured.drift if covered and patch and attempt.measured else None
-        yield replace(attempt.result(patch), cost=cost, drift=found)
+        result, made = attempt.result(patch), time.perf_counter()
+        if patch is not None and reference is not None and untouched is not None:
+            measured = (attempt.measured if covered else None) or untouched.measure(patch)
+            result = with_drift(result, measured.drift, reference)
+        read = time.perf_counter() - made
+        cost = replace(attempt.cost, patch_seconds=attempt.cost.patch_seconds + made - began, drift_seconds=read)
+        yield replace(result, cost=cost)
 
 
 @dataclass(frozen=True)

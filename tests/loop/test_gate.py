@@ -491,6 +491,8 @@ def test_alone_what_the_gate_has_measured_is_not_measured_again(monkeypatch: pyt
     measured.clear()
     repair_alone(net, FAILURES[:2], STAR, ONE, None, quiet, Gate(9.0, (TWO,)))
     assert len(measured) == 4
+    unlimited = repair_alone(net, FAILURES[:2], STAR, ONE, None, quiet, OPEN, drift="full")  # a gate that measures none
+    assert unlimited[2] == drifts
 
 
 def test_a_patch_keeps_the_gates_record_and_older_files_have_none(tmp_path: Path) -> None:
