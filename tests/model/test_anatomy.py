@@ -203,6 +203,32 @@ def test_half_precision_is_placed_and_put_back(name: str, dtype: torch.dtype) ->
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+def test_an_ffn_that_takes_a_large_value_out_of_the_stream_is_placed() -> None:
+    # Real models hold such a value at their first tokens and take it away again: the block's output is small,
+    # the last place of what was added to get there is not.
+    model = build(hf.LlamaConfig, {**LLAMA, "hidden_size": 512}).to(torch.bfloat16)
+    block = model.model.layers[1]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 3] += 600  # the probe's first token
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.weight[:, 3] = torch.linspace(0.3, 1, 48)
+        block.mlp.down_proj.weight *= 0.1
+        block.mlp.down_proj.weight[3] = torch.linspace(1, 2, 48)
+        peak = torch.zeros(1, 512, dtype=torch.bfloat16)
+        peak[0, 3] = 600
+        block.mlp.down_proj.weight[3] *= -613 / block.mlp(block.post_attention_layernorm(peak))[0, 3]
+    assert find(model).names[1] == "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_encoder_that_hardly_looks_around_is_refused(seed: int) -> None:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 4096, "hidden_size": 16, "intermediate_size": 32}
+    model = hf.BertForMaskedLM(hf.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)).eval()
+    with pytest.raises(ModelError, match="an encoder"):
+        find(model)
+
+
 class Twice(nn.Module):
     """An FFN that reads its output projection's weight once more."""
 
