@@ -39,7 +39,7 @@ INSIDE = {  # a room in a room: its parent's modules above it are its own, and i
     "methods.keyed": "values keyed rome memit",
     "patch.disk": "stored placing experts others copies writing source",
     "patch.serving": "factors choice peft gguf engines",
-    "measure.doctor": "memory tokenizer estimate engines examined",
+    "measure.doctor": "memory products tokenizer estimate engines examined",
     "cli.patches": "common folders parts serve served trouble hub",
     "cli.faults": "verdicts memory",
     "cli.output": "console clock bars render render_measures render_doctor",

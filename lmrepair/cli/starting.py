@@ -14,6 +14,8 @@ from lmrepair.cli.output import say
 from lmrepair.errors import UsageError
 from lmrepair.measure import free, visible
 
+WORTH_SAYING = 2.0  # times as slow as float32
+
 if TYPE_CHECKING:
     from lmrepair.failures import Failure
     from lmrepair.model import Net
@@ -30,6 +32,7 @@ def start(failures: Path, rows_as: RowOptions, model: str | None, loading: LoadO
 def load_net(model: str | None, loading: LoadOptions) -> Net:
     import torch
 
+    from lmrepair.measure import slowness
     from lmrepair.model import DTYPES, load
 
     torch.manual_seed(loading.seed)
@@ -44,6 +47,13 @@ def load_net(model: str | None, loading: LoadOptions) -> Net:
         shown = ", ".join(visible(name, 80) for name in net.source.unread[:3])
         more = ", …" * (len(net.source.unread) > 3)
         say(f"not loaded: {len(net.source.unread)} tensors that the model has no place for ({shown}{more})", sys.stderr)
+    times = slowness(net)
+    if times > WORTH_SAYING:
+        say(
+            f"slow: a gradient's products in {str(net.dtype).removeprefix('torch.')} take {times:.0f} times as long "
+            "as in float32 here; --dtype float32 is quicker (its patch is for float32 weights)",
+            sys.stderr,
+        )
     return net
 
 

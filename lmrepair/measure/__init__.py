@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         examine as examine,
         free as free,
         free_for as free_for,
+        slowness as slowness,
     )
     from lmrepair.measure.drift import (
         Drift as Drift,

@@ -217,6 +217,15 @@ def test_an_encoder_is_refused(run: Run, failures: Path, tmp_path: Path) -> None
     assert "encoder" in err or "missing keys" in err
 
 
+def test_a_dtype_that_is_slow_here_is_said(run: Run, failures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmrepair import measure
+
+    assert "slow:" not in run("diagnose", failures, "--dtype", "float32")[2]
+    monkeypatch.setattr(measure, "slowness", lambda _: 17.2)
+    _, _, err = run("diagnose", failures, "--dtype", "bfloat16")
+    assert "slow: a gradient's products in bfloat16 take 17 times as long as in float32 here" in err
+
+
 def test_a_quantised_model_is_refused(run: Run, failures: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -18,13 +18,19 @@ from transformers import PreTrainedTokenizerFast
 from lmrepair import MinKl, Net
 from lmrepair.loop.untouched import STAGES
 from lmrepair.measure import examine
-from lmrepair.measure.doctor import Speed, needs, served, traps
+from lmrepair.measure.doctor import Speed, needs, served, slowness, traps
 from lmrepair.measure.doctor.estimate import GATE, _factoring, _gathering, _moments, _numbers, _rate, _sums
 from lmrepair.model import Asked, Source, planned
 from lmrepair.model.statistics.sums import Sums
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
 SPEED = Speed(token=1e-3, text=5e-4, step=1e-2, answer=2e-3, byte=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1.0), (torch.bfloat16, 1e-3), (torch.float64, 1e-3)])
+def test_how_quick_a_dtype_is_beside_float32(dtype: torch.dtype, least: float) -> None:
+    net = tiny("llama")
+    assert least <= slowness(Net(net.model.to(dtype), net.tokenizer)) <= (1.0 if dtype == torch.float32 else 1e3)
 
 
 def kinds(net: Net) -> list[str]:

@@ -50,6 +50,17 @@ def test_a_failure_is_repaired_and_taken_back(net: Net, tmp_path: Path) -> None:
     assert all(torch.equal(net.columns(layer), was) for layer, was in enumerate(before))
 
 
+def test_bfloat16_is_placed_repaired_and_taken_back(file: Path) -> None:
+    half = load(file, dtype="bfloat16")
+    before = [half.columns(layer).clone() for layer in range(half.layers)]
+    made = repair(half, [FAILURE], Star())
+    assert made.outcomes[0].repaired
+    assert made.patch is not None
+    assert not diagnose(half, [FAILURE])[0].mistakes
+    made.patch.revert(half)
+    assert all(torch.equal(half.columns(layer), was) for layer, was in enumerate(before))
+
+
 def test_it_is_saved_as_a_float_folder(net: Net, tmp_path: Path) -> None:
     save_model(net, tmp_path / "float")
     again = load(tmp_path / "float")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lmrepair.measure.doctor.estimate import Need as Need, Speed as Speed, needs as needs
     from lmrepair.measure.doctor.examined import Examination as Examination, examine as examine
     from lmrepair.measure.doctor.memory import free as free, free_for as free_for
+    from lmrepair.measure.doctor.products import slowness as slowness
     from lmrepair.measure.doctor.tokenizer import Trap as Trap, traps as traps
 
 __getattr__, __dir__ = door(__name__)

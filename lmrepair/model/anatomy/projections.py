@@ -198,7 +198,8 @@ def _prove(probe: Probe, modules: Sequence[nn.Module], places: Sequence[Place]) 
     told = probe.rerun(modules, added, held=False)
     for place, block in zip(places, modules, strict=True):
         runs = (probe.clean, written, told)
-        shows = [_as_told(*(run[block][0].made for run in runs), stream=probe.clean[block][0].given)]
+        before, once, twice = (run[block][0].made for run in runs)
+        shows = [_as_told(before, once, twice, probe.clean[block][0].given)]
         shows += [_as_told(*(run[part][0].given for run in runs)) for part in probe.parts[block].values()]
         if not all(shows) or torch.equal(written[block][0].made, probe.clean[block][0].made):
             raise ModelError(
