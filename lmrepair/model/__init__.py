@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Projections as Projections,
         Trial as Trial,
         beside as beside,
+        grown as grown,
         patched as patched,
         put as put,
         same_bits as same_bits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import oracle
 import oracle_models
@@ -15,9 +16,11 @@ from lmrepair.methods import method_named
 from lmrepair.methods.keyed.keyed import Keyed
 from lmrepair.methods.keyed.values import Search, Values, find_values, key_rows, read_keys
 from lmrepair.methods.maths.closed_form import Constraints, inverse_metric
+from lmrepair.model import LowRank
 from lmrepair.model.batches import Batch
 from lmrepair.model.net import settled
 from lmrepair.model.statistics.moments import Metric, Statistics
+from lmrepair.patch import Patch
 
 SEARCH = Search(steps=15, rate=0.3, decay=0.01, clamp=4.0, essence=0.1, margin=1.0)
 FAMILY: list[Keyed] = [Rome(), Emmet(), Memit(span="2/3"), AlphaEdit(threshold=0.3, span="2/3")]
@@ -50,6 +53,23 @@ def test_a_key_is_the_last_token_of_a_prompt(kind: str) -> None:
         first = [(item.prompt, item.target[:1]) for item in batch.tokens]
         wanted = oracle.coefficients(net.model, layer, first)
         assert float((read.keys[layer].double() - wanted).abs().max() / wanted.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", FAMILY, ids=lambda item: item.name)
+def test_a_change_has_as_many_directions_as_there_were_keys(method: Keyed, tmp_path: Path) -> None:
+    net = oracle_models.net()
+    before = State.of(net)
+    (made,) = repair_each(net, FAILURES[:1], dataclasses.replace(method, epochs=1), statistics=statistics(net, method))
+    patch = made.patch
+    assert patch is not None
+    for change in patch.changes.values():
+        assert isinstance(change, LowRank)
+        assert change.product.rank == (2 if method.fine else 1)
+    patch.save(tmp_path / "one.safetensors")
+    Patch.load(tmp_path / "one.safetensors").apply(net)
+    assert before.changed(net)
+    patch.revert(net)
+    assert not before.changed(net)
 
 
 @pytest.mark.parametrize("kind", oracle_models.KINDS)

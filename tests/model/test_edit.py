@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from oracle_models import same_bits
 from torch import Tensor
 
-from lmrepair.model import SPREAD, LowRank, Product, patched
+from lmrepair.model import SPREAD, LowRank, Product, grown, patched, written_out
 from lmrepair.model.edit.products import AT_ONCE, LARGEST
 from lmrepair.model.edit.sparse_integers import pack, unpack
 
@@ -135,6 +135,37 @@ def test_factors_are_rounded_to_sixteen_bits() -> None:
     both = made.plus(Product.of(-left, right))
     assert both.rank == 12
     assert float(both.dense().abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_fine_factors_have_twice_the_bits_on_one_side() -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(5, 40, generator=generator), torch.randn(5, 24, generator=generator)
+    right = right.sign()  # rounded without an error
+    coarse, fine = Product.of(left, right), Product.fine(left, right)
+    assert fine.rank == 2 * coarse.rank == 10
+    wanted = left.double().T @ right.double()
+    lost = [float((made.dense() - wanted).abs().max()) for made in (coarse, fine)]
+    assert lost[0] > 1e-5
+    assert lost[1] < 1e-8
+
+
+def test_a_change_grows_as_factors_while_these_are_smaller() -> None:
+    generator = torch.Generator().manual_seed(4)
+    first, second, wide = (
+        Product.of(torch.randn(rank, 12, generator=generator), torch.randn(rank, 8, generator=generator))
+        for rank in (1, 2, 3)
+    )
+    nothing = torch.full((1, 1), -0.0).expand(12, 8)
+    assert grown(nothing, first) is first
+    both = grown(first, second)
+    assert isinstance(both, Product)
+    assert both.rank == 3
+    wanted = first.dense() + second.dense()
+    assert torch.allclose(both.dense(), wanted, atol=1e-3)
+    more = grown(both, wide)  # six pairs of 20 numbers, for 96
+    assert isinstance(more, torch.Tensor)
+    assert torch.allclose(more.double(), wanted + wide.dense(), atol=1e-3)
+    assert torch.allclose(written_out(grown(more, first)), more + written_out(first))
 
 
 def test_what_is_far_below_the_rest_is_left_out() -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmrepair.methods.keyed.values import Search
-    from lmrepair.methods.maths import Apply
-    from lmrepair.model import Asked, Batch, Net, Preference, Sites
+    from lmrepair.methods.maths import Apply, Constraints
+    from lmrepair.model import Asked, Batch, Delta, Net, Preference, Sites
 
 SPARE = 1.0  # logits that a value aims beyond the margin: the change is felt at other positions too
 
@@ -35,6 +35,8 @@ class Keyed(Preferring):
         "only the prompt's last token is a key, so tokens late in a target may stay out of reach: "
         "try another depth, more values, or another method"
     )
+
+    fine: ClassVar[bool] = False  # whether 16 bits are too few for the neurons' side of its factors
 
     epochs: int = setting(3, "most steps for one problem", positive=True)
     depth: float = setting(0.3, "where the last layer written to lies: 0 the model's first layer, 1 its last")
@@ -72,9 +74,11 @@ class Keyed(Preferring):
         return [round(self.depth * (net.layers - 1))]
 
     def solve(self, problem: Problem) -> Step:
+        from lmrepair.model import grown
+
         metrics = problem.memory if problem.memory is not None else self.metrics(problem)
         changes = self.changes(problem, metrics)
-        return Step({layer: problem.deltas[layer] + changes[layer] for layer in problem.deltas}, metrics)
+        return Step({layer: grown(problem.deltas[layer], changes[layer]) for layer in problem.deltas}, metrics)
 
     def metrics(self, problem: Problem) -> dict[int, Apply]:
         """Layer → M; C⁻¹ unless a method says otherwise."""
@@ -84,7 +88,7 @@ class Keyed(Preferring):
         return {layer: inverse_metric(metric.inputs[layer]) for layer in problem.sites.layers}
 
     @abstractmethod
-    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Tensor]:
+    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Delta]:
         """Layer → what a step adds to the neurons, [m, d]."""
 
     def search(self) -> Search:
@@ -93,7 +97,7 @@ class Keyed(Preferring):
         return Search(self.values, self.value_rate, self.decay, self.clamp, self.essence, self.margin + SPARE)
 
 
-def at_one_layer(method: Keyed, problem: Problem, metrics: Mapping[int, Apply], ridge: float) -> dict[int, Tensor]:
+def at_one_layer(method: Keyed, problem: Problem, metrics: Mapping[int, Apply], ridge: float) -> dict[int, Delta]:
     """All failures' keys and values in one solve at the one layer of a method; ``ridge``: of the mean diagonal."""
     import torch
 
@@ -106,12 +110,12 @@ def at_one_layer(method: Keyed, problem: Problem, metrics: Mapping[int, Apply], 
         keys.append(read_keys(problem.net, batch, (layer,), layer).keys[layer])
         shifts.append(find_values(problem.net, batch, layer, method.search()).shifts)
     constraints = Constraints.of({layer: torch.cat(keys)}, metrics)
-    return constraints.solve(torch.cat(shifts), ridge * constraints.scale)
+    return _solved(method, problem, constraints, torch.cat(shifts), ridge * constraints.scale)
 
 
 def spread(
     method: Keyed, problem: Problem, metrics: Mapping[int, Apply], ridge: Callable[[float], float]
-) -> dict[int, Tensor]:
+) -> dict[int, Delta]:
     """Values at the last layer, reached by all layers in turn.
 
     Each layer, lowest first, is asked for what the state is short of there, over the number of layers
@@ -126,17 +130,29 @@ def spread(
 
     net, layers, top = problem.net, problem.sites.layers, problem.sites.layers[-1]
     wanted = [find_values(net, batch, top, method.search()).states for batch in problem.batches]
-    changes: dict[int, Tensor] = {}
+    changes: dict[int, Delta] = {}
     with Trial(net, problem.sites) as trial:
         for place, layer in enumerate(layers):
             now = [read_keys(net, batch, (layer,), top) for batch in problem.batches]
             short = torch.cat([state - item.states.float() for state, item in zip(wanted, now, strict=True)])
             keys = torch.cat([item.keys[layer] for item in now])
             constraints = Constraints.of({layer: keys}, metrics)
-            solved = constraints.solve(short / (len(layers) - place), ridge(constraints.scale))
+            part = short / (len(layers) - place)
+            solved = _solved(method, problem, constraints, part, ridge(constraints.scale))
             changes |= solved
             trial.write(solved)
     return changes
+
+
+def _solved(
+    method: Keyed, problem: Problem, constraints: Constraints, wanted: Tensor, ridge: float
+) -> dict[int, Delta]:
+    """Layer → the change of the whole layer: factors, as many as there are keys, in the dtypes that patches have."""
+    from lmrepair.model import DTYPES
+
+    if problem.net.dtype in DTYPES.values():
+        return {**constraints.factors(wanted, ridge, fine=method.fine)}
+    return {**constraints.solve(wanted, ridge)}
 
 
 def spanned(net: Net, depth: float, span: str) -> list[int]:

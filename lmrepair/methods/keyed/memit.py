@@ -11,10 +11,8 @@ from lmrepair.methods.keyed.keyed import Keyed, spanned, spread
 from lmrepair.methods.targeting import share_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lmrepair.methods.maths import Apply
-    from lmrepair.model import Net
+    from lmrepair.model import Delta, Net
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Memit(Spanning):
             layer: inverse_metric(inputs[layer], 1.0 / (self.weight * widths[layer])) for layer in problem.sites.layers
         }
 
-    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Tensor]:
+    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Delta]:
         return spread(self, problem, metrics, lambda _: 1.0)
 
 
@@ -56,6 +54,7 @@ class AlphaEdit(Spanning):
     """MEMIT's values by changes within the sampled null space: they do nothing on the sampled reference text."""
 
     name: ClassVar[str] = "alphaedit"
+    fine: ClassVar[bool] = True  # it is to do nothing on the sampled text
 
     inputs: str = setting("sampled", "how the coefficients' second moment is kept", ("auto", "full", "sampled"))
     threshold: float = setting(
@@ -69,5 +68,5 @@ class AlphaEdit(Spanning):
         moments = metric_of(problem).statistics.inputs
         return {layer: null_space(moments[layer], self.threshold) for layer in problem.sites.layers}
 
-    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Tensor]:
+    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Delta]:
         return spread(self, problem, metrics, lambda scale: self.ridge * scale)

@@ -10,9 +10,8 @@ from lmrepair.methods.base import Problem, setting
 from lmrepair.methods.keyed.keyed import Keyed, at_one_layer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lmrepair.methods.maths import Apply
+    from lmrepair.model import Delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Rome(Keyed):
 
     mode: str = setting("batch", "what one problem holds", ("batch",))
 
-    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Tensor]:
+    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Delta]:
         return at_one_layer(self, problem, metrics, 0.0)
 
 
@@ -35,5 +34,5 @@ class Emmet(Keyed):
 
     ridge: float = setting(1e-4, "slack of the solve, as a share of its system's mean diagonal", positive=True)
 
-    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Tensor]:
+    def changes(self, problem: Problem, metrics: Mapping[int, Apply]) -> dict[int, Delta]:
         return at_one_layer(self, problem, metrics, self.ridge)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import UsageError
-from lmrepair.model import Inverse, Moment, blocks
+from lmrepair.model import Inverse, Moment, Product, blocks
 
 CUTOFF = 1e-5  # singular values of Z M^½ below this share of the largest are left out
 
@@ -48,6 +48,12 @@ class Constraints:
         """Layer → Δ [k, d] (float32) for R [n, d] and ε = ``ridge``."""
         weights = self.weights(wanted, ridge, cutoff).float()
         return {layer: moved.T @ weights for layer, moved in self.moved.items()}
+
+    def factors(self, wanted: Tensor, ridge: float = 0.0, *, fine: bool = False) -> dict[int, Product]:
+        """The same as factors of rank n, rounded to 16 bits; ``fine``: of twice the rank, Z M with twice the bits."""
+        weights = self.weights(wanted, ridge).float()
+        made = Product.fine if fine else Product.of
+        return {layer: made(moved, weights) for layer, moved in self.moved.items()}
 
     @property
     def scale(self) -> float:

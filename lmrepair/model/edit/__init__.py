@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         SPREAD as SPREAD,
         Delta as Delta,
         Product as Product,
+        grown as grown,
         patched as patched,
         written_out as written_out,
     )

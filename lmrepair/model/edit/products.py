@@ -38,6 +38,13 @@ class Product:
         kept = (first != 0).any(dim=1) & (second != 0).any(dim=1)
         return Product(first[kept], second[kept], (steps + own)[kept].to(torch.int16))
 
+    @staticmethod
+    def fine(left: Tensor, right: Tensor) -> Product:
+        """The same with twice the bits for the left factors: each of them is the sum of two."""
+        whole, steps = _rounded(left, torch.full((len(left),), -EXPONENT))
+        most = torch.ldexp(whole.double(), steps[:, None])
+        return Product.of(torch.cat([most, left.double() - most]), torch.cat([right, right]))
+
     @property
     def rank(self) -> int:
         return len(self.exponents)
@@ -92,6 +99,15 @@ def _rounded(rows: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 def written_out(delta: Delta) -> Tensor:
     """A change as deltas [k, d] in float32."""
     return delta.dense().float() if isinstance(delta, Product) else delta
+
+
+def grown(delta: Delta, more: Delta) -> Delta:
+    """A change [k, d] with another one added: factors if both are, as long as they are fewer numbers than the sum."""
+    if isinstance(more, Product) and (isinstance(delta, Product) or not bool(delta.any())):
+        both = delta.plus(more) if isinstance(delta, Product) else more
+        neurons, width = both.left.shape[1], both.right.shape[1]
+        return both if both.rank * (neurons + width) < neurons * width else written_out(both)
+    return written_out(delta) + written_out(more)
 
 
 def patched(values: Tensor, delta: Delta) -> Tensor:
