@@ -85,6 +85,7 @@ class Direct(Method):
         import torch
 
         from lmrepair.methods.maths import Constraints, scaled
+        from lmrepair.model import grown
 
         metrics = problem.memory if problem.memory is not None else self._metrics(problem)
         reading: Slopes = problem.reading  # type: ignore[assignment]
@@ -94,8 +95,9 @@ class Direct(Method):
         constraints = Constraints.of({layer: z[short] for layer, z in reading.coefficients.items()}, metrics)
         wanted = torch.cat([batch.wanted for batch in problem.batches])[short]
         steers = problem.bases.steers(wanted, reading.preference.rival[short])
-        changes = constraints.solve(scaled(steers, reading.slopes[short], rises), self.ridge * constraints.scale)
-        return Step({layer: problem.deltas[layer] + changes[layer] for layer in problem.deltas}, metrics)
+        shifts, ridge = scaled(steers, reading.slopes[short], rises), self.ridge * constraints.scale
+        changes = constraints.changes(problem.net.dtype, shifts, ridge)
+        return Step({layer: grown(problem.deltas[layer], changes[layer]) for layer in problem.deltas}, metrics)
 
     def _metrics(self, problem: Problem) -> Mapping[int, Apply]:
         from lmrepair.methods.maths import inverse_metric

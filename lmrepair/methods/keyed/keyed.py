@@ -13,10 +13,8 @@ from lmrepair.methods.base import MOMENTS, Preferring, Problem, Step, metric_of,
 from lmrepair.methods.targeting import share_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lmrepair.methods.keyed.values import Search
-    from lmrepair.methods.maths import Apply, Constraints
+    from lmrepair.methods.maths import Apply
     from lmrepair.model import Asked, Batch, Delta, Net, Preference, Sites
 
 SPARE = 1.0  # logits that a value aims beyond the margin: the change is felt at other positions too
@@ -110,7 +108,7 @@ def at_one_layer(method: Keyed, problem: Problem, metrics: Mapping[int, Apply], 
         keys.append(read_keys(problem.net, batch, (layer,), layer).keys[layer])
         shifts.append(find_values(problem.net, batch, layer, method.search()).shifts)
     constraints = Constraints.of({layer: torch.cat(keys)}, metrics)
-    return _solved(method, problem, constraints, torch.cat(shifts), ridge * constraints.scale)
+    return constraints.changes(problem.net.dtype, torch.cat(shifts), ridge * constraints.scale, fine=method.fine)
 
 
 def spread(
@@ -137,22 +135,11 @@ def spread(
             short = torch.cat([state - item.states.float() for state, item in zip(wanted, now, strict=True)])
             keys = torch.cat([item.keys[layer] for item in now])
             constraints = Constraints.of({layer: keys}, metrics)
-            part = short / (len(layers) - place)
-            solved = _solved(method, problem, constraints, part, ridge(constraints.scale))
+            part, slack = short / (len(layers) - place), ridge(constraints.scale)
+            solved = constraints.changes(net.dtype, part, slack, fine=method.fine)
             changes |= solved
             trial.write(solved)
     return changes
-
-
-def _solved(
-    method: Keyed, problem: Problem, constraints: Constraints, wanted: Tensor, ridge: float
-) -> dict[int, Delta]:
-    """Layer → the change of the whole layer: factors, as many as there are keys, in the dtypes that patches have."""
-    from lmrepair.model import DTYPES
-
-    if problem.net.dtype in DTYPES.values():
-        return {**constraints.factors(wanted, ridge, fine=method.fine)}
-    return {**constraints.solve(wanted, ridge)}
 
 
 def spanned(net: Net, depth: float, span: str) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import UsageError
-from lmrepair.model import Inverse, Moment, Product, blocks
+from lmrepair.model import DTYPES, Delta, Inverse, Moment, Product, blocks
 
 CUTOFF = 1e-5  # singular values of Z M^½ below this share of the largest are left out
 
@@ -49,10 +49,14 @@ class Constraints:
         weights = self.weights(wanted, ridge, cutoff).float()
         return {layer: moved.T @ weights for layer, moved in self.moved.items()}
 
-    def factors(self, wanted: Tensor, ridge: float = 0.0, *, fine: bool = False) -> dict[int, Product]:
-        """The same as factors of rank n, rounded to 16 bits; ``fine``: of twice the rank, Z M with twice the bits."""
-        weights = self.weights(wanted, ridge).float()
-        made = Product.fine if fine else Product.of
+    def changes(self, dtype: torch.dtype, wanted: Tensor, ridge: float, *, fine: bool = False) -> dict[int, Delta]:
+        """The same as factors of rank n in 16 bits, where patches of that dtype hold these.
+
+        ``fine``: of twice the rank, with twice the bits for Z M.
+        """
+        if dtype not in DTYPES.values():
+            return {**self.solve(wanted, ridge)}
+        made, weights = Product.fine if fine else Product.of, self.weights(wanted, ridge).float()
         return {layer: made(moved, weights) for layer, moved in self.moved.items()}
 
     @property
