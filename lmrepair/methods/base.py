@@ -222,7 +222,9 @@ class Paced(Targeted):
     """
 
     learning_rate: float = setting(0.0, "fixed size of a step; 0: found by what the step does to loss and probe")
-    stride: float = setting(0.01, "nats per token that a step of no fixed size may add on the probe", positive=True)
+    stride: float = setting(
+        0.01, "nats per token that a step of no fixed size may add on the probe; less, as they add up", positive=True
+    )
     descent: float = setting(0.5, "share of the loss that a step of no fixed size is to take away", positive=True)
 
     def __post_init__(self) -> None:
@@ -236,15 +238,15 @@ class Paced(Targeted):
         ``lead`` says which way to go: from the sizes of the layers' weights to the change at a length along it, and
         how fast the loss falls.
         """
-        from lmrepair.methods.maths import Way, again, go, units
+        from lmrepair.methods.maths import Way, again, go, stride_after, units
 
         loss, probe = float(problem.reading.preference.loss[problem.focus].mean()), probe_of(problem)
         if known is not None and not loss <= known.way.loss:
-            return replace(known, way=again(known.way, probe, self.stride))
+            return replace(known, way=again(known.way, probe, stride_after(known.way.kl, self.stride)))
         sizes = known.units if known is not None else units(problem.net, problem.sites)
         at, slope = lead(sizes)
         kl = known.way.reached if known is not None else probe(problem.deltas)
-        return Paces(sizes, go(Way(at, slope, loss, kl), probe, self.descent, self.stride))
+        return Paces(sizes, go(Way(at, slope, loss, kl), probe, self.descent, stride_after(kl, self.stride)))
 
 
 def margin_needs_early(method: Method) -> None:

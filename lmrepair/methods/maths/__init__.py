@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         again as again,
         go as go,
         steepest as steepest,
+        stride_after as stride_after,
         units as units,
     )
     from lmrepair.methods.maths.spans import directions as directions, shared_out as shared_out

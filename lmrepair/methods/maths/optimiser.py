@@ -3,8 +3,9 @@
 Nothing of the second is in units of weights or states. With L the loss at the start of a step and s its slope along
 the way (how fast it falls), a length of descent·L / s takes a share of the loss away to first order (Polyak's
 step, 10.1016/0041-5553(69)90035-4, for a loss whose least is 0). It is shortened until the mean KL(before ‖ after)
-on the probe has risen by at most ``stride`` nats per token: KL grows with the square of a length, so the next try
-is the root of what is allowed. Where the loss has risen after all, the same way is gone again, a quarter as far.
+on the probe has risen by at most ``stride`` nats per token, less where earlier steps have spent some: KL grows with
+the square of a length, so the next try is the root of what is allowed. Where the loss has risen after all, the same
+way is gone again, a quarter as far.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 TRIES, SHORTER, CLOSE = 12, 0.25, 0.9  # shortenings at most; by how much after a rise; share of the root to aim at
+STRIDES, LEAST = 4.0, 0.1  # how many whole strides all steps add about at most; share of one that is always allowed
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -69,6 +71,14 @@ class Way:
     @property
     def end(self) -> Deltas:
         return self.at(self.length)
+
+
+def stride_after(kl: float, stride: float) -> float:
+    """How much the next step may add to ``kl`` on the probe: ever less of ``stride``, until STRIDES of it are spent.
+
+    Else a failure that takes many steps pays as much for the last ones, which close little, as for the first.
+    """
+    return stride * max(LEAST, 1.0 - kl / (STRIDES * stride))
 
 
 def go(way: Way, probe: Probing, descent: float, stride: float) -> Way:
