@@ -12,7 +12,7 @@ from oracle_models import FAILURES
 from torch import Tensor
 
 from lmrepair import FineTune, Lora, Method, Net, Sgd, Star, repair_each
-from lmrepair.methods.maths.optimiser import Way, adam, again, go, steepest, units
+from lmrepair.methods.maths.optimiser import Way, adam, again, go, steepest, stride_after, units
 from lmrepair.model.batches import Sites
 
 
@@ -56,6 +56,19 @@ def test_a_step_ends_inside_the_region_and_not_far_inside(curvature: float) -> N
     risen = curvature * found.length**2
     assert risen <= allowed
     assert risen >= 0.2 * allowed or found.length == 0.5 * 2.0 / 0.1
+
+
+def test_strides_shorten_as_they_add_up() -> None:
+    assert stride_after(0.0, 0.01) == 0.01
+    assert stride_after(0.02, 0.01) == pytest.approx(0.005)
+    assert stride_after(0.0, 0.5) == 0.5
+    spent, after = 0.0, []
+    for _ in range(20):
+        spent += stride_after(spent, 0.01)
+        after.append(spent)
+    assert after[4] < 0.032  # five whole ones would be 0.05
+    assert after[19] < 0.05
+    assert stride_after(math.inf, 0.01) == stride_after(1.0, 0.01) == pytest.approx(0.001)
 
 
 def test_a_probe_that_is_no_number_shortens_the_step() -> None:
