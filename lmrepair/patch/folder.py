@@ -25,12 +25,13 @@ def refuse_existing(output: Path) -> None:
         raise UsageError(f"{output} cannot be written: {above} is no folder to write in")
 
 
-def save_model(net: Net, output: Path) -> None:
+def save_model(net: Net, output: str | Path) -> None:
     """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete.
 
     Raises UsageError for an output that exists or cannot be written, ModelError if the saved FFN output projections
     are not, bit for bit, the net's.
     """
+    output = Path(output)
     refuse_existing(output)
     with said_in_one_line(output), beside(output) as temporary:
         refuse_short_of_space(temporary, net.bytes)

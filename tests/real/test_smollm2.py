@@ -62,7 +62,7 @@ def test_bfloat16_is_placed_repaired_and_taken_back(file: Path) -> None:
 
 
 def test_it_is_saved_as_a_float_folder(net: Net, tmp_path: Path) -> None:
-    save_model(net, tmp_path / "float")
+    save_model(net, str(tmp_path / "float"))
     again = load(tmp_path / "float")
     assert again.dtype == torch.float32
     assert torch.equal(again.columns(29), net.columns(29))
