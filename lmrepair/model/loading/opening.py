@@ -75,7 +75,7 @@ def load(
             # What was downloaded before; else transformers retries for half a minute.
             options["local_files_only"] = True
         _refuse_adapter(folder, options)
-        with quietly(), loading(folder):
+        with quietly(), loading(_sought(folder)):
             config = cached_file(folder, "config.json", **options)
         refuse_unasked(Path(str(config)).parent, trust_remote_code)
     else:
@@ -102,9 +102,13 @@ def _ready(model: Any, where: torch.device | None) -> Any:
 
 def _refuse_adapter(name: str, options: dict[str, Any]) -> None:
     """For a name on the hub; what lies in a folder has been looked at."""
-    with quietly(), loading(name):
+    with quietly(), loading(_sought(name)):
         if find_adapter_config_file(name, **options) is not None:
             raise ModelError(f"{name}: is or holds an adapter; expected a whole model: merge it into its base first")
+
+
+def _sought(name: str) -> str:
+    return f"{name} (no folder here, so looked for on the hub)"
 
 
 def _hub_is_out_of_reach() -> bool:
