@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 TRIES, SHORTER, CLOSE = 12, 0.25, 0.9  # shortenings at most; by how much after a rise; share of the root to aim at
-STRIDES, LEAST = 4.0, 0.1  # how many whole strides all steps add about at most; share of one that is always allowed
+STRIDES, LEAST = 4.0, 1 / 3  # how many whole strides all steps add about at most; share of one that is always allowed
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -245,7 +245,7 @@ def _as_told(before: Tensor, written: Tensor, told: Tensor, stream: Tensor | Non
     # also where an FFN takes away most of it: the sum is small then, its terms are not.
     size = torch.maximum(one.abs(), other.abs())
     if stream is not None and stream.shape == size.shape:
-        size = torch.maximum(size, stream.float().abs())
+        size = torch.maximum(size, stream.float().abs().to(size.device))
     last = 4 * torch.finfo(told.dtype).eps * size
     return bool(((one - other).abs() <= (ROUNDED if half else EXACT) * change + last).all())
 
