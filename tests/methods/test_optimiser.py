@@ -66,7 +66,7 @@ def test_strides_shorten_as_they_add_up() -> None:
     for _ in range(5):
         spent += stride_after(spent, 0.01)
     assert spent < 0.032  # five whole ones would be 0.05
-    assert stride_after(math.inf, 0.01) == stride_after(1.0, 0.01) == 0.01 / 3
+    assert stride_after(math.inf, 0.01) == stride_after(1.0, 0.01) == pytest.approx(0.01 / 3)
 
 
 def test_a_probe_that_is_no_number_shortens_the_step() -> None:
