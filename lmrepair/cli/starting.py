@@ -14,11 +14,11 @@ from lmrepair.cli.output import say
 from lmrepair.errors import UsageError
 from lmrepair.measure import free, visible
 
-WORTH_SAYING = 2.0  # times as slow as float32
-
 if TYPE_CHECKING:
     from lmrepair.failures import Failure
     from lmrepair.model import Net
+
+WORTH_SAYING = 2.0  # times as slow as float32
 
 
 def start(failures: Path, rows_as: RowOptions, model: str | None, loading: LoadOptions) -> tuple[list[Failure], Net]:
