@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.failures import write_atomically
+from lmrepair.model.edit import uninterrupted
 
 UNREADABLE = (OSError, safetensors.SafetensorError, ValueError, RecursionError)
 
@@ -48,7 +49,8 @@ class OnDisk(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        found: Tensor = self.file.get_tensor(name)
+        with uninterrupted():  # else torch makes a ValueError of a Ctrl-C that comes while it wraps the storage
+            found: Tensor = self.file.get_tensor(name)
         return found
 
     def __iter__(self) -> Iterator[str]:
