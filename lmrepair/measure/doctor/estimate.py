@@ -5,15 +5,14 @@ The formulas are in docs/doctor.md. What is estimated are orders of magnitude, t
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 
 from lmrepair.failures import Tokens, read_kinds
+from lmrepair.measure.doctor.products import timed
 from lmrepair.methods import Method, MinKl, Star
 from lmrepair.model import READ_AT_ONCE, Net, Planned, Sites, digest, planned, settled, windows
 
@@ -26,7 +25,6 @@ SETTINGS: tuple[tuple[str, Method, float], ...] = (
     ("--method minkl --layers last", MinKl(layers="last"), 3.1),
     ("--method star", Star(), 29.0),
 )
-PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
 ALIKE = 320  # tokens of other requests in the failures' form
 WRITTEN = 5  # tokens of the texts that are written to see how long one takes
 HASHED, PRINTS = 1 << 24, 3  # bytes that are hashed to see how long it takes; fingerprints that a repair makes
@@ -72,29 +70,18 @@ def speed(net: Net, texts: int) -> Speed:
     with settled(net.model), torch.inference_mode():
         net.logits(one)
         return Speed(
-            _timed(net, lambda: net.logits(one)) / one.ids.numel(),
-            _timed(net, lambda: net.logits(text)) / text.ids.numel(),
+            timed(net, lambda: net.logits(one)) / one.ids.numel(),
+            timed(net, lambda: net.logits(text)) / text.ids.numel(),
             _written(net, texts),
             _written(net, 1),
-            _timed(net, lambda: digest(torch.zeros(HASHED, dtype=torch.uint8))) / HASHED,
+            timed(net, lambda: digest(torch.zeros(HASHED, dtype=torch.uint8))) / HASHED,
         )
 
 
 def _written(net: Net, texts: int) -> float:
     """A token of texts written side by side: what the later ones of a few take."""
-    first, whole = (_timed(net, partial(net.sample, texts, length)) for length in (1, WRITTEN))
+    first, whole = (timed(net, partial(net.sample, texts, length)) for length in (1, WRITTEN))
     return max(0.0, whole - first) / (WRITTEN - 1)
-
-
-def _timed(net: Net, run: Callable[[], object]) -> float:
-    times: list[float] = []
-    while len(times) < PASSES and sum(times) < ENOUGH:
-        began = time.perf_counter()
-        run()
-        if net.device.type == "cuda":
-            torch.cuda.synchronize(net.device)
-        times.append(time.perf_counter() - began)
-    return median(times)
 
 
 def needs(net: Net, measured: Speed, free: int) -> tuple[Need, ...]:

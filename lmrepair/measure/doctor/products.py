@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from statistics import median
 
 import torch
 
 from lmrepair.model import Net
 
-ROWS, SIDE, TRIES = 64, 1024, 3  # of what is multiplied: states, and the most of a matrix's sides; the quickest counts
+ROWS, SIDE = 64, 1024  # of what is multiplied: states, and the most of a matrix's sides
+PASSES, ENOUGH = 3, 1.0  # how many passes a time is the median of; no more are made after so many seconds
 
 
 def slowness(net: Net) -> float:
@@ -19,12 +22,19 @@ def slowness(net: Net) -> float:
     return _seconds(net, net.dtype, sides) / _seconds(net, torch.float32, sides)
 
 
+def timed(net: Net, run: Callable[[], object]) -> float:
+    """Seconds, the median of a few runs where the net is."""
+    times: list[float] = []
+    while len(times) < PASSES and sum(times) < ENOUGH:
+        began = time.perf_counter()
+        run()
+        if net.device.type == "cuda":
+            torch.cuda.synchronize(net.device)
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
 def _seconds(net: Net, dtype: torch.dtype, sides: tuple[int, int]) -> float:
     states = torch.ones(ROWS, sides[0], dtype=dtype, device=net.device)
     matrix = torch.ones(sides, dtype=dtype, device=net.device)
-    times = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        torch.matmul(states, matrix).sum().item()  # the number is waited for on every device
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return timed(net, lambda: states @ matrix)

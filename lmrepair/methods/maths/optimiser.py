@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 TRIES, SHORTER, CLOSE = 12, 0.25, 0.9  # shortenings at most; by how much after a rise; share of the root to aim at
-STRIDES, LEAST = 4.0, 1 / 3  # how many whole strides all steps add about at most; share of one that is always allowed
+STRIDES, LEAST = 4.0, 1 / 3  # a stride shrinks by the share of so many that is spent; the share of it that stays
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -74,7 +74,7 @@ class Way:
 
 
 def stride_after(kl: float, stride: float) -> float:
-    """How much the next step may add to ``kl`` on the probe: ever less of ``stride``, until STRIDES of it are spent.
+    """How much the next step may add to ``kl`` on the probe: less of ``stride`` the more is spent, LEAST of it always.
 
     Else a failure that takes many steps pays as much for the last ones, which close little, as for the first.
     """
