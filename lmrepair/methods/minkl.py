@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ALONE, LEAST = Fraction(1, 2), 12  # of the layers, but so many: those, from above, that one failure is written to
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
-WIDEN = 6  # steps after which directions that have not been enough get others beside them
+ANEW = 6  # steps after which directions that have not been enough are chosen anew
 SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
 
 
@@ -152,7 +152,7 @@ class MinKl(Targeted):
         """Where the first solve is made again, with fewer neurons or directions; None: nowhere else."""
         if self.neurons:
             return None if state.steps else self._fewer(problem, state.changes(weights))
-        rank, room = self._limits(problem)
+        rank, room = self._limits(problem, state)
         return state.spanned(state.used(factors, weights), problem.deltas, rank, room) if rank else None
 
     def _fewer(self, problem: Problem, changes: Mapping[int, Tensor]) -> Linearised:
@@ -162,28 +162,30 @@ class MinKl(Targeted):
         places = {layer: _top(change, self.neurons) for layer, change in changes.items()}
         return self._aimed(problem, Linearised.of(metric_of(problem), problem.sites.columns, places))
 
-    def _limits(self, problem: Problem) -> tuple[int, int]:
+    def _limits(self, problem: Problem, state: Linearised) -> tuple[int, int]:
         """Most rank a layer, and most numbers in the factors of all; no rank where factors would not be smaller."""
         net = problem.net
-        failures = sum(len(batch.tokens) for batch in problem.batches)
-        rank = self.rank * failures
+        # Where three choices of as many directions have not been enough, each later one has as much room again.
+        share = sum(len(batch.tokens) for batch in problem.batches) * max(1, state.steps // ANEW - 1)
+        rank = self.rank * share
         whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
         # Solved in turn, what was solved before keeps its directions.
-        held = max((getattr(delta, "rank", 0) for delta in problem.deltas.values()), default=0)
-        there = rank + held if self.mode == "batch" else rank
-        return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2) * failures
+        before = (state.before or problem.deltas).values()
+        there = rank + max((getattr(delta, "rank", 0) for delta in before), default=0) if self.mode == "batch" else rank
+        return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2) * share
 
     def _last_layer(self, problem: Problem, state: Linearised, start: _Start) -> Step:
         """All steps at once for the last layer, without running the model."""
         (layer,) = state.layers
         used = self._through_tail(problem, state, start)
         if not state.spans:
-            rank, room = self._limits(problem)
+            rank, room = self._limits(problem, state)
             chosen = None
             if self.neurons:
                 chosen = None if state.steps else self._fewer(problem, {layer: used.near.T @ used.white})
             elif rank and bool(used.white.any()):
-                chosen = state.spanned({layer: used}, problem.deltas, rank, room)
+                with_held = state.with_held(layer, state.seen(layer, start[0].inputs), used)
+                chosen = state.spanned({layer: with_held}, problem.deltas, rank, room)
             if chosen is not None:
                 state, used = chosen, self._through_tail(problem, chosen, start)
         state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
@@ -202,8 +204,10 @@ class MinKl(Targeted):
         seen = z @ near.T
         mixed = torch.zeros_like(tail.states, dtype=torch.float32)
         white = torch.zeros_like(mixed)
+        cut = state.cut(layer, tail.inputs) if state.spans and state.held else None
         for step in range(self.epochs):
-            preference, slopes = tail.read(seen @ white) if step else (agreed, leaning)
+            moved = seen @ white if cut is None else seen @ white + cut
+            preference, slopes = tail.read(moved) if step or cut is not None else (agreed, leaning)
             missing = (state.aims + preference.gap).double()
             if not bool((problem.focus & ~(preference.gap < -state.floors)).any()):
                 break
@@ -243,9 +247,9 @@ def _moved(
 
 
 def _after(state: Linearised) -> Linearised:
-    """The state one step on; now and then what is open to it widens."""
+    """The state one step on; now and then any direction is open to it again."""
     state = replace(state, steps=state.steps + 1)
-    return state if state.steps % WIDEN else state.released()
+    return state if state.steps % ANEW else state.released()
 
 
 def _agreed(reading: Margins) -> _Start | None:

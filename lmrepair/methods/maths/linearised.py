@@ -11,7 +11,7 @@ from torch import Tensor
 from lmrepair.methods.maths.dual import system_of
 from lmrepair.methods.maths.margins import Factors
 from lmrepair.methods.maths.spans import directions, shared_out
-from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites
+from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites, grown
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
@@ -40,10 +40,12 @@ class Linearised:
 
     ``columns``: layer → neurons of the sites [k]; ``places``: which of them are written to; ``inputs``: the
     metric there. ``spans``: layer → U [k, r], orthonormal under C, where a change is U X; without, it is any.
-    ``parts``: layer → X [r, d] so far, on top of ``before``, what was there at the start.
+    ``parts``: layer → X [r, d] so far, on top of ``before``, what was there at the start; ``held``: U and X so far of
+    spans that were not enough, until others are written to.
     Margins below ``floors`` are open, and steps take them to ``aims``. ``items``: the gradients of each
-    failure that was read, as it was read last, z C⁻¹ and g; ``system`` [n, n] is their kernel, and ``short`` by how
-    much the last step, number ``steps``, was to raise the margin that lacked most.
+    failure that was read, as it was read last, z C⁻¹ and g; ``system`` [n, n] is their kernel, ``owed`` what their
+    margins lose where what is held is cut to other spans, and ``short`` by how much the last step, number ``steps``,
+    was to raise the margin that lacked most.
     """
 
     metric: Metric
@@ -53,10 +55,12 @@ class Linearised:
     spans: Mapping[int, Tensor] = field(default_factory=dict)
     parts: Mapping[int, Tensor] = field(default_factory=dict)
     before: Mapping[int, Delta] = field(default_factory=dict)
+    held: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     aims: Tensor = field(default_factory=lambda: torch.zeros(0))
     floors: Tensor = field(default_factory=lambda: torch.zeros(0))
     items: tuple[Factors, ...] = ()
     system: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    owed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     short: float = 0.0
     steps: int = 0
 
@@ -90,7 +94,7 @@ class Linearised:
 
     def rise(self, gap: Tensor) -> Tensor:
         """By how much the linearised margins are to rise, [n]; negative where there is room."""
-        return (self.aims + gap)[self.rows].double()
+        return (self.aims + gap)[self.rows].double() + self.owed.to(gap.device)
 
     def raised_by(self, deltas: Mapping[int, Delta]) -> Tensor:
         """By how much the change so far (with spans: that in them) raises the linearised margins, [n]."""
@@ -137,12 +141,31 @@ class Linearised:
         kept = [item for item in self.items if item.first not in again]
         rows = system_of(kept, fresh, near, self._white)
         if not kept:
-            return replace(self, items=tuple(near), system=rows)
+            return replace(self, items=tuple(near), system=rows, owed=self._owed(factors))
         stays = torch.cat(
             [torch.full_like(item.rows, item.first not in again, dtype=torch.bool) for item in self.items]
         )
         old = self.system[stays][:, stays]
         return replace(self, items=(*kept, *near), system=torch.cat([torch.cat([old, rows[:, : len(old)].T], 1), rows]))
+
+    def _owed(self, factors: Sequence[Factors]) -> Tensor:
+        """What each margin loses through ``cut``, [n]."""
+        nothing = torch.zeros((), dtype=torch.float64)
+        if not self.held or not self.spans:
+            return nothing
+        lost = [
+            torch.einsum("std,td->s", item.slopes[layer], self.cut(layer, item.inputs[layer])).double()
+            for item in factors
+            for layer in self.held
+        ]
+        each = [sum(lost[at : at + len(self.held)], nothing) for at in range(0, len(lost), len(self.held))]
+        return -torch.cat(each)
+
+    def cut(self, layer: int, z: Tensor) -> Tensor:
+        """How a layer's output moves at coefficients z [T, sites' k] as what is held is cut to the spans, [T, d]."""
+        left, right = self.held[layer]
+        kept = self.seen(layer, z) @ self.parts[layer] if layer in self.parts else 0.0
+        return kept - self._placed(layer, z) @ left @ right
 
     def restrict(self, item: Factors) -> Factors:
         return replace(
@@ -161,9 +184,13 @@ class Linearised:
 
     def seen(self, layer: int, z: Tensor) -> Tensor:
         """Coefficients [T, sites' k] as a change of this state sees them: [T, k], with spans z U [T, r]."""
-        places = self.places[layer]
-        chosen = z if len(places) == z.shape[1] else z[:, places.to(z.device)]
+        chosen = self._placed(layer, z)
         return chosen @ self.spans[layer] if self.spans else chosen
+
+    def _placed(self, layer: int, z: Tensor) -> Tensor:
+        """Of the neurons that are written to."""
+        places = self.places[layer]
+        return z if len(places) == z.shape[1] else z[:, places.to(z.device)]
 
     def near(self, layer: int, z: Tensor) -> Tensor:
         """The same times C⁻¹; in the spans C is the identity."""
@@ -183,10 +210,22 @@ class Linearised:
         found = {}
         for layer in self.layers:
             near = torch.cat([item.inputs[layer] for item in self.items])
-            seen = torch.cat([self.seen(layer, item.inputs[layer]) for item in factors]) @ near.T
+            z = torch.cat([self.seen(layer, item.inputs[layer]) for item in factors])
             mixed = self._mixed(layer, weights)
-            found[layer] = Used(near, seen, mixed, self._white(layer, mixed))
+            found[layer] = self.with_held(layer, z, Used(near, z @ near.T, mixed, self._white(layer, mixed)))
         return found
+
+    def with_held(self, layer: int, z: Tensor, used: Used) -> Used:
+        """What is used at coefficients z [T, k], and before it a row for each direction of what is held."""
+        if layer not in self.held:
+            return used
+        left, right = self.held[layer]
+        across, own = z @ left, torch.eye(left.shape[1]).to(left)  # held directions are orthonormal under C
+        seen = torch.cat([torch.cat([own, across.T], dim=1), torch.cat([across, used.seen], dim=1)])
+        mixed = self.metric.statistics.outputs[layer].damped(right, self.metric.damping)
+        return Used(
+            torch.cat([left.T, used.near]), seen, torch.cat([mixed, used.mixed]), torch.cat([right, used.white])
+        )
 
     def _mixed(self, layer: int, weights: Tensor) -> Tensor:
         """Slopes of all items' positions [T, d], summed with the weights of their margins."""
@@ -199,34 +238,41 @@ class Linearised:
     def spanned(self, used: Mapping[int, Used], deltas: Mapping[int, Delta], rank: int, room: int) -> Linearised:
         """Among the directions worth most alone, at most ``rank`` a layer and ``room`` numbers of factors in all.
 
-        ``deltas``: the change that is there already. What was linearised has to be linearised again.
+        What is held is among them, as far as it is worth it. ``deltas``: the change that is there already. What was
+        linearised has to be linearised again.
         """
         found = {layer: directions(item.seen, item.mixed, item.white) for layer, item in used.items()}
         sizes = {layer: item.near.shape[1] + item.white.shape[1] for layer, item in used.items()}
         counts = shared_out({layer: worth for layer, (worth, _) in found.items()}, sizes, rank, room)
-        spans = {
-            layer: (used[layer].near.T.double() @ found[layer][1][:, :count]).float() for layer, count in counts.items()
-        }
-        before = {layer: deltas[layer] for layer in spans if _moves(deltas[layer])}
-        return replace(self, items=(), spans=spans, before=before)
+        mixes = {layer: found[layer][1][:, :count] for layer, count in counts.items()}
+        spans = {layer: (used[layer].near.T.double() @ mix).float() for layer, mix in mixes.items()}
+        parts = {}
+        for layer in spans.keys() & self.held.keys():
+            _, right = self.held[layer]
+            parts[layer] = (mixes[layer].T @ used[layer].seen[:, : len(right)].double() @ right.double()).float()
+        return replace(self, items=(), spans=spans, parts=parts, before=self.before or dict(deltas))
 
     def resumed(self, deltas: Mapping[int, Delta]) -> Linearised:
         """Among the directions of factors that are there already, if there are any."""
         spans: dict[int, Tensor] = {}
         parts: dict[int, Tensor] = {}
+        before = dict(deltas)
         for layer, delta in deltas.items():
             if isinstance(delta, Product) and delta.rank:
                 left, right = delta.factors()
                 moment = self.metric.statistics.inputs[layer].at(self.columns[layer])
                 sizes = (moment.damped(left, self.metric.damping) * left).sum(dim=1, keepdim=True).sqrt()
                 spans[layer], parts[layer] = (left / sizes).T, sizes * right.T
-        return replace(self, spans=spans, parts=parts)
+                before[layer] = torch.full((1, 1), -0.0, device=left.device).expand(left.shape[1], len(right))
+        return replace(self, spans=spans, parts=parts, before=before if spans else {})
 
     def released(self) -> Linearised:
-        """With the change so far left as it is, and any direction open again."""
+        """With the change so far held, and any direction open again."""
         if not self.spans:
             return self
-        return replace(self, spans={}, parts={}, items=(), system=torch.zeros(0, 0, dtype=torch.float64))
+        held = {layer: (self.spans[layer], part) for layer, part in self.parts.items()}
+        system = torch.zeros(0, 0, dtype=torch.float64)
+        return replace(self, spans={}, parts={}, held=held, items=(), system=system)
 
     def moved(self, changes: Mapping[int, Tensor], keep: float) -> Linearised:
         """With a change in the spans added to ``keep`` of that so far."""
@@ -234,19 +280,11 @@ class Linearised:
             layer: keep * self.parts[layer] + change if layer in self.parts else change
             for layer, change in changes.items()
         }
-        return replace(self, parts=parts)
+        return replace(self, parts=parts, held={}, owed=torch.zeros((), dtype=torch.float64))
 
     def deltas(self) -> dict[int, Delta]:
-        """Layer → the whole change, of the layers that have a span."""
-        found: dict[int, Delta] = {}
+        """Layer → the whole change; layers without a span have what they had at the start."""
+        found = dict(self.before)
         for layer, part in self.parts.items():
-            product, before = Product.of(self.spans[layer].T, part), self.before.get(layer)
-            if isinstance(before, Tensor):
-                found[layer] = before + product.dense().float()
-            else:
-                found[layer] = before.plus(product) if before is not None else product
+            found[layer] = grown(found[layer], Product.of(self.spans[layer].T, part))
         return found
-
-
-def _moves(delta: Delta) -> bool:
-    return delta.rank > 0 if isinstance(delta, Product) else bool(delta.any())
