@@ -15,12 +15,10 @@ from lmrepair.diagnosis import diagnose
 from lmrepair.failures import Failure, Tokens, read_failures, read_lines, read_reference, shipped
 from lmrepair.loop import repair
 from lmrepair.measure import verify, visible
-from lmrepair.methods import MinKl
 from lmrepair.model import EMBEDDED, Net, fingerprint, load
 from lmrepair.patch import Patch
 
 ANSWER = 12  # tokens of a free answer
-RANK = 8  # of a model this narrow, the usual 16 for each of the failures would be half the width, and no limit then
 
 
 def run_demo(device: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def run_demo(device: str, say: Callable[[str], None]) -> dict[str, Any]:
     before = _answers(net, failures)
     worded_before = _share_right(net, wordings)
     nearby_before = _free(net, neighbours)
-    result = repair(net, failures, MinKl(rank=RANK))
+    result = repair(net, failures)
     after = _answers(net, failures)
     say(f"{result.failing} prompts it completes wrongly, before and after the repair:\n")
     for failure, old, new in zip(failures, before, after, strict=True):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ALONE, LEAST = Fraction(1, 2), 12  # of the layers, but so many: those, from above, that one failure is written to
 KEEP, KEPT = 0.8, 5  # of several failures: share of the change so far that the first steps keep, and how many do
 ANEW = 6  # steps after which directions that have not been enough are chosen anew
-SHARED = 0.004  # of the model's bytes: what the factors of a change for one failure take at most
+SHARED = 0.004  # of the model's bytes: most that the factors for one failure take; for n, √n times as much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class MinKl(Targeted):
     outputs: str = setting("auto", "how the Fisher of the FFN outputs is kept", MOMENTS)
     samples: int = setting(2048, "reference positions that sampled moments keep", positive=True)
     damping: float = setting(0.01, "added to the moments, as a share of their mean diagonal", positive=True)
-    rank: int = setting(16, "most rank a layer of the change, for each failure; 0: no limit")
+    rank: int = setting(16, "most rank a layer of the change for one failure, √n times as much for n; 0: no limit")
     neurons: int = setting(0, "most neurons a layer to write to, those that move most; 0: no limit")
 
     def __post_init__(self) -> None:
@@ -166,13 +166,13 @@ class MinKl(Targeted):
         """Most rank a layer, and most numbers in the factors of all; no rank where factors would not be smaller."""
         net = problem.net
         # Where three choices of as many directions have not been enough, each later one has as much room again.
-        share = sum(len(batch.tokens) for batch in problem.batches) * max(1, state.steps // ANEW - 1)
-        rank = self.rank * share
+        share = math.sqrt(sum(len(batch.tokens) for batch in problem.batches)) * max(1, state.steps // ANEW - 1)
+        rank = math.ceil(self.rank * share)
         whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
         # Solved in turn, what was solved before keeps its directions.
         before = (state.before or problem.deltas).values()
         there = rank + max((getattr(delta, "rank", 0) for delta in before), default=0) if self.mode == "batch" else rank
-        return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2) * share
+        return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2 * share)
 
     def _last_layer(self, problem: Problem, state: Linearised, start: _Start) -> Step:
         """All steps at once for the last layer, without running the model."""
