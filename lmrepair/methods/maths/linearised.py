@@ -118,8 +118,9 @@ class Linearised:
     def open(self, batch: Batch, preference: Preference, part: slice) -> tuple[Tensor, Tensor]:
         """Which positions are open now, and of which gradients are read anew.
 
-        That is: of failures with open positions, unless little is missing where it was read before, all
-        that are below their aims, so that none is lost again; of a failure alone, at first, the open ones.
+        That is: of failures with open positions, unless little is missing where it was read before (of all failures,
+        where spans are chosen anew), all that are below their aims, so that none is lost again; of a failure alone,
+        at first, the open ones.
         """
         opened = ~(preference.gap < -self.floors[part])
         near = ~(preference.gap < -self.aims[part])
@@ -130,6 +131,8 @@ class Linearised:
         stale = opened & ~(known[part] & (missing < CLOSE * self.short))
         failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
         failures[batch.owner[stale]] = True
+        if self.held:  # any margin may lose as it is cut
+            failures[:] = True
         few = len(self.items) == 1 and self.steps <= PATIENCE
         return opened, (opened if few else near) & failures[batch.owner]
 
