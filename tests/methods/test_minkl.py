@@ -434,6 +434,58 @@ def test_a_step_of_low_rank_is_solved_again_among_the_directions_worth_most(kind
         assert near(again.deltas()[layer].dense(), more[layer], 5e-3)
 
 
+def test_several_failures_have_the_room_of_one_times_the_root_of_their_number() -> None:
+    net = oracle_models.net()
+    method = MinKl(rank=2)
+    given = problem(net, method, tokens_of(net), statistics(net, method))
+    room = SHARED * sum(parameter.numel() * parameter.element_size() for parameter in net.model.parameters()) / 2
+    state: Any = method._start(given)
+    assert method._limits(given, state) == (4, int(room * math.sqrt(3)))
+    third, fourth = (dataclasses.replace(state, steps=number * ANEW) for number in (2, 3))
+    assert method._limits(given, third) == (4, int(room * math.sqrt(3)))
+    assert method._limits(given, fourth) == (7, int(room * math.sqrt(3) * 2))
+
+
+def test_where_directions_are_chosen_anew_failures_without_open_positions_are_read_too() -> None:
+    metric: Any = None
+    held: Any = {0: (torch.zeros(2, 1), torch.zeros(1, 2))}
+    state = Linearised(metric, {}, {}, {}, aims=torch.full((4,), 4.6), floors=torch.full((4,), 3.0), steps=ANEW)
+    batch: Any = SimpleNamespace(owner=torch.tensor([0, 0, 1, 1]), tokens=(None, None))
+    preference: Any = SimpleNamespace(gap=torch.tensor([0.5, -4.0, -4.0, -5.0]))
+    opened, read = state.open(batch, preference, slice(0, 4))
+    assert opened.tolist() == [True, False, False, False]
+    assert read.tolist() == [True, True, False, False]
+    opened, read = dataclasses.replace(state, held=held).open(batch, preference, slice(0, 4))
+    assert opened.tolist() == [True, False, False, False]
+    assert read.tolist() == [True, True, True, False]
+
+
+def test_the_last_layer_counts_what_is_cut_where_its_directions_are_chosen_anew() -> None:
+    """Behind the last layer nothing is linearised: what a step asks for has to come, cut or not."""
+    net = oracle_models.net(dtype=torch.float64)
+    method = MinKl(layers="last", rank=1, margin=0.3, epochs=60)
+    tokens = tokens_of(net)[:2]
+    given = problem(net, method, tokens, statistics(net, method))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lmrepair.methods.minkl.SHARED", 1.0)
+        first = method.solve(given)
+        asked: Any = first.memory
+        asked = dataclasses.replace(asked.released(), aims=3 * asked.aims, floors=3 * asked.floors)
+        with Trial(net, given.sites) as trial:
+            trial.write(first.deltas)
+            reading = method.read(net, given.batches, given.sites, None, method.margin, asked)
+            assert not bool((reading.preference.gap < -asked.floors).all())
+            second = method.solve(
+                dataclasses.replace(given, reading=reading, deltas=first.deltas, memory=asked, step=ANEW)
+            )
+            trial.write(second.deltas)
+            assert bool((net.prefer(given.batches).gap < -asked.floors).all())
+    (before,), (after,) = first.deltas.values(), second.deltas.values()
+    assert before.rank == after.rank == 2  # 1 · √2, a whole number
+    both = torch.cat([before.left, after.left]).double()
+    assert torch.linalg.matrix_rank(both, rtol=1e-3) > 2  # other directions
+
+
 def shares(steps: int) -> int:
     """How many times its room a repair had: as often again with each choice of directions after the third."""
     return max(1, (steps - 1) // ANEW - 1)
