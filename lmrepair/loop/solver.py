@@ -29,6 +29,7 @@ from lmrepair.model import (
     Statistics,
     Trial,
     give_back,
+    no_change,
     settled,
     statistics_of,
 )
@@ -112,10 +113,8 @@ class Solver:
         ``first_reading``, which is let go of where the first step is made."""
         self.net, self.method, self.known, self.sites = net, method, known, sites
         self.trial, self.progress, self.heard = trial, progress, heard or {}
-        # Adding −0 leaves every number as it is, −0 included; adding 0 would turn −0 into 0.
-        nothing = torch.full((1, 1), -0.0, device=net.device)
         self.deltas: Mapping[int, Delta] = {
-            layer: nothing.expand(len(columns), net.hidden) for layer, columns in sites.columns.items()
+            layer: no_change(len(columns), net.hidden, net.device) for layer, columns in sites.columns.items()
         }
         self.start = self.deltas
         self.steps = 0

@@ -138,9 +138,9 @@ class MinKl(Targeted):
     def _start(self, problem: Problem) -> Linearised:
         from lmrepair.methods.maths import Linearised
 
-        state = Linearised.of(metric_of(problem), problem.sites.columns)
+        state = replace(Linearised.of(metric_of(problem), problem.sites.columns), before=problem.deltas)
         if self.rank and self.mode == "multi-failure":  # another solve of the same failures stays in its directions
-            state = state.resumed(problem.deltas)
+            state = state.resumed()
         return self._aimed(problem, state)
 
     def _aimed(self, problem: Problem, state: Linearised) -> Linearised:
@@ -153,7 +153,7 @@ class MinKl(Targeted):
         if self.neurons:
             return None if state.steps else self._fewer(problem, state.changes(weights))
         rank, room = self._limits(problem, state)
-        return state.spanned(state.used(factors, weights), problem.deltas, rank, room) if rank else None
+        return state.spanned(state.used(factors, weights), rank, room) if rank else None
 
     def _fewer(self, problem: Problem, changes: Mapping[int, Tensor]) -> Linearised:
         """With the neurons that move most."""
@@ -170,8 +170,8 @@ class MinKl(Targeted):
         rank = math.ceil(self.rank * share)
         whole = min(min(len(columns) for columns in problem.sites.columns.values()), net.hidden)
         # Solved in turn, what was solved before keeps its directions.
-        before = (state.before or problem.deltas).values()
-        there = rank + max((getattr(delta, "rank", 0) for delta in before), default=0) if self.mode == "batch" else rank
+        held = max((getattr(delta, "rank", 0) for delta in state.before.values()), default=0)
+        there = rank + held if self.mode == "batch" else rank
         return rank if there < whole / 2 else 0, int(SHARED * net.bytes / 2 * share)
 
     def _last_layer(self, problem: Problem, state: Linearised, start: _Start) -> Step:
@@ -185,7 +185,7 @@ class MinKl(Targeted):
                 chosen = None if state.steps else self._fewer(problem, {layer: used.near.T @ used.white})
             elif rank and bool(used.white.any()):
                 with_held = state.with_held(layer, state.seen(layer, start[0].inputs), used)
-                chosen = state.spanned({layer: with_held}, problem.deltas, rank, room)
+                chosen = state.spanned({layer: with_held}, rank, room)
             if chosen is not None:
                 state, used = chosen, self._through_tail(problem, chosen, start)
         state, deltas = _moved(problem, state, {layer: used.near.T @ used.white}, 1.0)
@@ -204,7 +204,7 @@ class MinKl(Targeted):
         seen = z @ near.T
         mixed = torch.zeros_like(tail.states, dtype=torch.float32)
         white = torch.zeros_like(mixed)
-        cut = state.cut(layer, tail.inputs) if state.spans and state.held else None
+        cut = state.cut(layer, tail.inputs) if state.cuts else None
         for step in range(self.epochs):
             moved = seen @ white if cut is None else seen @ white + cut
             preference, slopes = tail.read(moved) if step or cut is not None else (agreed, leaning)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Trial as Trial,
         beside as beside,
         grown as grown,
+        no_change as no_change,
         patched as patched,
         put as put,
         same_bits as same_bits,

@@ -411,7 +411,7 @@ def test_a_step_of_low_rank_is_solved_again_among_the_directions_worth_most(kind
     def among_few(state: Any) -> Any:
         state = state.linearised(factors)
         used = state.used(factors, weights_for(state.system, state.rise(gap)))
-        state = state.spanned(used, given.deltas, 2, 10**9).linearised(factors)
+        state = state.spanned(used, 2, 10**9).linearised(factors)
         return state.moved(state.changes(weights_for(state.system, state.rise(gap))), 1.0)
 
     def by_oracle(held: list[Tensor]) -> list[Tensor]:
@@ -460,26 +460,25 @@ def test_where_directions_are_chosen_anew_failures_without_open_positions_are_re
     assert read.tolist() == [True, True, True, False]
 
 
-def test_the_last_layer_counts_what_is_cut_where_its_directions_are_chosen_anew() -> None:
+def test_the_last_layer_counts_what_is_cut_where_its_directions_are_chosen_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Behind the last layer nothing is linearised: what a step asks for has to come, cut or not."""
     net = oracle_models.net(dtype=torch.float64)
     method = MinKl(layers="last", rank=1, margin=0.3, epochs=60)
     tokens = tokens_of(net)[:2]
     given = problem(net, method, tokens, statistics(net, method))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lmrepair.methods.minkl.SHARED", 1.0)
-        first = method.solve(given)
-        asked: Any = first.memory
-        asked = dataclasses.replace(asked.released(), aims=3 * asked.aims, floors=3 * asked.floors)
-        with Trial(net, given.sites) as trial:
-            trial.write(first.deltas)
-            reading = method.read(net, given.batches, given.sites, None, method.margin, asked)
-            assert not bool((reading.preference.gap < -asked.floors).all())
-            second = method.solve(
-                dataclasses.replace(given, reading=reading, deltas=first.deltas, memory=asked, step=ANEW)
-            )
-            trial.write(second.deltas)
-            assert bool((net.prefer(given.batches).gap < -asked.floors).all())
+    monkeypatch.setattr("lmrepair.methods.minkl.SHARED", 1.0)
+    first = method.solve(given)
+    asked: Any = first.memory
+    asked = dataclasses.replace(asked.released(), aims=3 * asked.aims, floors=3 * asked.floors)
+    with Trial(net, given.sites) as trial:
+        trial.write(first.deltas)
+        reading = method.read(net, given.batches, given.sites, None, method.margin, asked)
+        assert not bool((reading.preference.gap < -asked.floors).all())
+        second = method.solve(dataclasses.replace(given, reading=reading, deltas=first.deltas, memory=asked, step=ANEW))
+        trial.write(second.deltas)
+        assert bool((net.prefer(given.batches).gap < -asked.floors).all())
     (before,), (after,) = first.deltas.values(), second.deltas.values()
     assert before.rank == after.rank == 2  # 1 · √2, a whole number
     both = torch.cat([before.left, after.left]).double()

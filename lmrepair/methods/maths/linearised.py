@@ -11,7 +11,7 @@ from torch import Tensor
 from lmrepair.methods.maths.dual import system_of
 from lmrepair.methods.maths.margins import Factors
 from lmrepair.methods.maths.spans import directions, shared_out
-from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites, grown
+from lmrepair.model import Batch, Delta, Inverse, Metric, Preference, Product, Sites, grown, no_change
 
 AIM, SPARE = 1.5, 0.1  # a step aims at AIM·margin + SPARE logits: a little beyond what is checked
 CLOSE = 0.2  # share of the last rise below which what is missing is solved for without reading anew
@@ -94,17 +94,14 @@ class Linearised:
 
     def rise(self, gap: Tensor) -> Tensor:
         """By how much the linearised margins are to rise, [n]; negative where there is room."""
-        return (self.aims + gap)[self.rows].double() + self.owed.to(gap.device)
+        return (self.aims + gap)[self.rows].double() + self.owed
 
     def raised_by(self, deltas: Mapping[int, Delta]) -> Tensor:
         """By how much the change so far (with spans: that in them) raises the linearised margins, [n]."""
         through = {layer: self._through(layer, deltas) for layer in self.layers}
         found = []
         for item in self.items:
-            raised = [
-                torch.einsum("std,td->s", g, item.inputs[layer] @ through[layer]) for layer, g in item.slopes.items()
-            ]
-            found.append(torch.stack(raised).double().sum(dim=0))
+            found.append(_raised(item, {layer: item.inputs[layer] @ there for layer, there in through.items()}))
         return torch.cat(found)
 
     def _through(self, layer: int, deltas: Mapping[int, Delta]) -> Tensor:
@@ -129,10 +126,9 @@ class Linearised:
             known[self.rows] = True
         missing = self.aims[part] + preference.gap
         stale = opened & ~(known[part] & (missing < CLOSE * self.short))
-        failures = torch.zeros(len(batch.tokens), dtype=torch.bool, device=opened.device)
+        # As what is held is cut, any margin may lose.
+        failures = torch.full((len(batch.tokens),), bool(self.held), device=opened.device)
         failures[batch.owner[stale]] = True
-        if self.held:  # any margin may lose as it is cut
-            failures[:] = True
         few = len(self.items) == 1 and self.steps <= PATIENCE
         return opened, (opened if few else near) & failures[batch.owner]
 
@@ -152,17 +148,17 @@ class Linearised:
         return replace(self, items=(*kept, *near), system=torch.cat([torch.cat([old, rows[:, : len(old)].T], 1), rows]))
 
     def _owed(self, factors: Sequence[Factors]) -> Tensor:
-        """What each margin loses through ``cut``, [n]."""
-        nothing = torch.zeros((), dtype=torch.float64)
-        if not self.held or not self.spans:
-            return nothing
-        lost = [
-            torch.einsum("std,td->s", item.slopes[layer], self.cut(layer, item.inputs[layer])).double()
-            for item in factors
-            for layer in self.held
-        ]
-        each = [sum(lost[at : at + len(self.held)], nothing) for at in range(0, len(lost), len(self.held))]
-        return -torch.cat(each)
+        """What each margin loses through ``cut``, [n]; 0 where nothing is cut."""
+        if not self.cuts:
+            return torch.zeros((), dtype=torch.float64)
+        return -torch.cat(
+            [_raised(item, {layer: self.cut(layer, item.inputs[layer]) for layer in self.held}) for item in factors]
+        )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the next step cuts what is held to spans that were chosen anew."""
+        return bool(self.held and self.spans)
 
     def cut(self, layer: int, z: Tensor) -> Tensor:
         """How a layer's output moves at coefficients z [T, sites' k] as what is held is cut to the spans, [T, d]."""
@@ -238,11 +234,10 @@ class Linearised:
         ]
         return torch.cat(mixes)
 
-    def spanned(self, used: Mapping[int, Used], deltas: Mapping[int, Delta], rank: int, room: int) -> Linearised:
+    def spanned(self, used: Mapping[int, Used], rank: int, room: int) -> Linearised:
         """Among the directions worth most alone, at most ``rank`` a layer and ``room`` numbers of factors in all.
 
-        What is held is among them, as far as it is worth it. ``deltas``: the change that is there already. What was
-        linearised has to be linearised again.
+        What is held is among them, as far as it is worth it. What was linearised has to be linearised again.
         """
         found = {layer: directions(item.seen, item.mixed, item.white) for layer, item in used.items()}
         sizes = {layer: item.near.shape[1] + item.white.shape[1] for layer, item in used.items()}
@@ -253,21 +248,21 @@ class Linearised:
         for layer in spans.keys() & self.held.keys():
             _, right = self.held[layer]
             parts[layer] = (mixes[layer].T @ used[layer].seen[:, : len(right)].double() @ right.double()).float()
-        return replace(self, items=(), spans=spans, parts=parts, before=self.before or dict(deltas))
+        return replace(self, items=(), spans=spans, parts=parts)
 
-    def resumed(self, deltas: Mapping[int, Delta]) -> Linearised:
+    def resumed(self) -> Linearised:
         """Among the directions of factors that are there already, if there are any."""
         spans: dict[int, Tensor] = {}
         parts: dict[int, Tensor] = {}
-        before = dict(deltas)
-        for layer, delta in deltas.items():
+        before = dict(self.before)
+        for layer, delta in self.before.items():
             if isinstance(delta, Product) and delta.rank:
                 left, right = delta.factors()
                 moment = self.metric.statistics.inputs[layer].at(self.columns[layer])
                 sizes = (moment.damped(left, self.metric.damping) * left).sum(dim=1, keepdim=True).sqrt()
                 spans[layer], parts[layer] = (left / sizes).T, sizes * right.T
-                before[layer] = torch.full((1, 1), -0.0, device=left.device).expand(left.shape[1], len(right))
-        return replace(self, spans=spans, parts=parts, before=before if spans else {})
+                before[layer] = no_change(left.shape[1], len(right), left.device)
+        return replace(self, spans=spans, parts=parts, before=before)
 
     def released(self) -> Linearised:
         """With the change so far held, and any direction open again."""
@@ -291,3 +286,9 @@ class Linearised:
         for layer, part in self.parts.items():
             found[layer] = grown(found[layer], Product.of(self.spans[layer].T, part))
         return found
+
+
+def _raised(item: Factors, moved: Mapping[int, Tensor]) -> Tensor:
+    """By how much a failure's margins rise [s] where outputs move, layer → [T, d], in float64."""
+    raised = [torch.einsum("std,td->s", item.slopes[layer], by) for layer, by in moved.items()]
+    return torch.stack(raised).double().sum(dim=0)

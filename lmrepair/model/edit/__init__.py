@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Delta as Delta,
         Product as Product,
         grown as grown,
+        no_change as no_change,
         patched as patched,
         written_out as written_out,
     )

@@ -86,6 +86,11 @@ class Product:
 Delta = Tensor | Product  # of k neurons: [k, d] float32, or factors
 
 
+def no_change(neurons: int, hidden: int, device: torch.device) -> Tensor:
+    """A change [k, d] that leaves every number as it is, −0 included, which adding 0 would turn into 0."""
+    return torch.full((1, 1), -0.0, device=device).expand(neurons, hidden)
+
+
 def _rounded(rows: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [r, n] as int16 [r, n] times 2^exponent [r]: the smallest exponents that hold them, at ``least`` those."""
     tops = rows.detach().double().abs().amax(dim=1).cpu()
