@@ -9,6 +9,7 @@ from lmrepair import door
 if TYPE_CHECKING:
     from lmrepair.model.anatomy import not_finite as not_finite, rows as rows, weight as weight, whole as whole
     from lmrepair.model.batches import (
+        TOKENS_AT_ONCE as TOKENS_AT_ONCE,
         Batch as Batch,
         Preference as Preference,
         Reading as Reading,
@@ -49,12 +50,7 @@ if TYPE_CHECKING:
         quietly as quietly,
         ranks as ranks,
     )
-    from lmrepair.model.net import (
-        DTYPES as DTYPES,
-        TOKENS_AT_ONCE as TOKENS_AT_ONCE,
-        Net as Net,
-        settled as settled,
-    )
+    from lmrepair.model.net import DTYPES as DTYPES, Net as Net, settled as settled
     from lmrepair.model.process import (
         Progress as Progress,
         give_back as give_back,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lmrepair.failures import Tokens
 
+TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
+
 
 @dataclass(frozen=True)
 class Sites:
@@ -40,6 +42,38 @@ class Batch:
     rows: Tensor
     wanted: Tensor
     owner: Tensor
+
+    @staticmethod
+    def of(tokens: Sequence[Tokens], pad: int, device: torch.device) -> Batch:
+        """The failures in order, each padded with ``pad`` to the longest."""
+        width = max(len(item.ids) for item in tokens)
+        ids = torch.full((len(tokens), width), pad)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        wanted: list[int] = []
+        owner: list[int] = []
+        for index, item in enumerate(tokens):
+            ids[index, : len(item.ids)] = torch.tensor(item.ids)
+            mask[index, : len(item.ids)] = 1
+            first = index * width + len(item.prompt) - 1
+            rows += range(first, first + len(item.target))
+            wanted += item.target
+            owner += [index] * len(item.target)
+        tensors = (ids, mask, torch.tensor(rows), torch.tensor(wanted), torch.tensor(owner))
+        return Batch(tuple(tokens), *(tensor.to(device) for tensor in tensors))
+
+
+def in_turn(tokens: Sequence[Tokens], at_once: int) -> list[list[Tokens]]:
+    """The failures in order, in as few groups as keep each below ``at_once`` padded tokens."""
+    groups: list[list[Tokens]] = []
+    longest = 0
+    for item in tokens:
+        longest = max(longest, len(item.ids))
+        if not groups or longest * (len(groups[-1]) + 1) > at_once:
+            groups.append([])
+            longest = len(item.ids)
+        groups[-1].append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -112,3 +146,13 @@ class Watched:
 
     inputs: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor]
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens [n] drawn from softmax(logits [n, V]): where the summed chances reach a uniform share of their total.
+
+    One random number a row: ``torch.multinomial`` takes one for every token of the vocabulary.
+    """
+    reached = logits.float().softmax(dim=1).cumsum(dim=1)
+    share = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    return torch.searchsorted(reached, share * reached[:, -1:]).squeeze(1)

@@ -34,11 +34,10 @@ from lmrepair.model.anatomy import (
     together,
     weight,
 )
-from lmrepair.model.batches import Batch, Inputs, Preference, Reading, Sites, Watched
+from lmrepair.model.batches import TOKENS_AT_ONCE, Batch, Inputs, Preference, Reading, Sites, Watched, drawn, in_turn
 from lmrepair.model.source import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENS_AT_ONCE = 2048  # padded tokens in one forward pass
 
 
 class Net:
@@ -129,32 +128,10 @@ class Net:
 
     def batches(self, tokens: Sequence[Tokens], at_once: int = TOKENS_AT_ONCE) -> list[Batch]:
         """The failures in order, in as few batches as keep each below ``at_once`` padded tokens."""
-        groups: list[list[Tokens]] = []
-        longest = 0
-        for item in tokens:
-            longest = max(longest, len(item.ids))
-            if not groups or longest * (len(groups[-1]) + 1) > at_once:
-                groups.append([])
-                longest = len(item.ids)
-            groups[-1].append(item)
-        return [self._batch(group) for group in groups]
+        return [self._batch(group) for group in in_turn(tokens, at_once)]
 
     def _batch(self, tokens: Sequence[Tokens]) -> Batch:
-        width = max(len(item.ids) for item in tokens)
-        ids = torch.full((len(tokens), width), self.pad)
-        mask = torch.zeros_like(ids)
-        rows: list[int] = []
-        wanted: list[int] = []
-        owner: list[int] = []
-        for index, item in enumerate(tokens):
-            ids[index, : len(item.ids)] = torch.tensor(item.ids)
-            mask[index, : len(item.ids)] = 1
-            first = index * width + len(item.prompt) - 1
-            rows += range(first, first + len(item.target))
-            wanted += item.target
-            owner += [index] * len(item.target)
-        tensors = (ids, mask, torch.tensor(rows), torch.tensor(wanted), torch.tensor(owner))
-        return Batch(tuple(tokens), *(tensor.to(self.device) for tensor in tensors))
+        return Batch.of(tokens, self.pad, self.device)
 
     def logits(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Logits [n, V] at flat positions of a batch (default: where its target tokens are predicted).
@@ -339,16 +316,6 @@ class Net:
                 input_ids=starts, attention_mask=torch.ones_like(starts), logits_processor=[only_drawn]
             )
         return made
-
-
-def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens [n] drawn from softmax(logits [n, V]): where the summed chances reach a uniform share of their total.
-
-    One random number a row: ``torch.multinomial`` takes one for every token of the vocabulary.
-    """
-    reached = logits.float().softmax(dim=1).cumsum(dim=1)
-    share = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    return torch.searchsorted(reached, share * reached[:, -1:]).squeeze(1)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from torch import Tensor
 from lmrepair.errors import NotFiniteError
 from lmrepair.failures import Tokens
 from lmrepair.model.anatomy import not_finite
-from lmrepair.model.batches import Batch
+from lmrepair.model.batches import Batch, drawn
 from lmrepair.model.head import Head
-from lmrepair.model.net import Net, drawn, settled
+from lmrepair.model.net import Net, settled
 from lmrepair.model.statistics.moments import Asked, Moment, OnDemand, Statistics, blocks
 from lmrepair.model.statistics.packing import strips
 
