@@ -84,7 +84,7 @@ class Direct(Method):
     def solve(self, problem: Problem) -> Step:
         import torch
 
-        from lmrepair.methods.maths import Constraints, scaled
+        from lmrepair.methods.maths import Constraints, scaled, undone
         from lmrepair.model import grown
 
         metrics = problem.memory if problem.memory is not None else self._metrics(problem)
@@ -95,8 +95,9 @@ class Direct(Method):
         constraints = Constraints.of({layer: z[short] for layer, z in reading.coefficients.items()}, metrics)
         wanted = torch.cat([batch.wanted for batch in problem.batches])[short]
         steers = problem.bases.steers(wanted, reading.preference.rival[short])
+        back = {layer: undone(unit) for layer, unit in reading.units.items()}
         shifts, ridge = scaled(steers, reading.slopes[short], rises), self.ridge * constraints.scale
-        changes = constraints.changes(problem.net.dtype, shifts, ridge)
+        changes = constraints.changes(problem.net.dtype, shifts, ridge, undone=back)
         return Step({layer: grown(problem.deltas[layer], changes[layer]) for layer in problem.deltas}, metrics)
 
     def _metrics(self, problem: Problem) -> Mapping[int, Apply]:

@@ -116,12 +116,18 @@ def test_the_gain_is_what_the_final_norm_multiplies_by(name: str, norm: str) -> 
 
 @pytest.mark.parametrize(
     ("name", "behind"),
-    [("llama", None), ("gpt2", None), ("opt", None), ("gemma2", "model.layers.1.post_feedforward_layernorm")],
+    [("llama", None), ("gpt2", None), ("opt", None), ("gemma2", "model.layers.{}.post_feedforward_layernorm")],
 )
-def test_the_norm_between_the_last_ffn_and_the_stream(name: str, behind: str | None) -> None:
-    """Dropout and activations read an FFN's output too, or have no parameters, and are no such norm."""
+def test_the_norms_between_the_ffns_and_the_stream(name: str, behind: str | None) -> None:
+    """Dropout and activations read an FFN's output too, or have no parameters, and are no such norms."""
     model = build(*PLACED[name][:2])
-    assert find(model).behind is (None if behind is None else model.get_submodule(behind))
+    found = find(model).behind
+    assert len(found) == 2
+    for layer, norm in enumerate(found):
+        assert (norm is None) == (behind is None)
+        if norm is not None and behind is not None:
+            assert norm.module is model.get_submodule(behind.format(layer))
+            assert torch.allclose(norm.gain, 1 + norm.module.weight, atol=1e-4)  # Gemma's gains are kept less one
 
 
 def test_an_encoder_decoder_is_refused() -> None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmrepair.methods.maths import Moments, adam
+from lmrepair.methods.maths import Moments, adam, lengths_behind, normed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,10 +42,12 @@ class Search:
 class Read:
     """At the key positions of a batch: layer → coefficients [B, m], output [B, d] and state [B, d] of one layer.
 
-    ``states`` is the residual stream as that layer's block leaves it.
+    ``states`` is the residual stream as that layer's block leaves it. ``lengths``: layer → by what the norm behind
+    its FFN divides the outputs, [B], where there is one.
     """
 
     keys: Mapping[int, Tensor]
+    lengths: Mapping[int, Tensor]
     outputs: Tensor
     states: Tensor
 
@@ -77,10 +79,11 @@ def read_keys(net: Net, batch: Batch, layers: Sequence[int], top: int) -> Read:
     with torch.no_grad(), net.watch(sorted({*layers, top})) as watched, _states(net, top) as states:
         net.logits(batch, rows)
         flat = {layer: watched.inputs[layer].reshape(-1, net.widths[layer])[rows].float() for layer in layers}
-        written = watched.outputs[top].reshape(-1, net.hidden)[rows].float()
+        written = {layer: watched.outputs[layer].reshape(-1, net.hidden)[rows] for layer in {*layers, top}}
         return Read(
             {layer: z.clone() for layer, z in flat.items()},
-            written.clone(),
+            {layer: lengths_behind(net, layer, written[layer]) for layer in normed(net, layers)},
+            written[top].float().clone(),
             states[0].reshape(-1, net.hidden)[rows].float(),
         )
 

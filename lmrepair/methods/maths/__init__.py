@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from lmrepair.methods.maths.direct_path import (
         Slopes as Slopes,
         contrasting as contrasting,
+        in_stream as in_stream,
+        lengths_behind as lengths_behind,
+        normed as normed,
         read_slopes as read_slopes,
         scaled as scaled,
+        undone as undone,
     )
     from lmrepair.methods.maths.dual import kernel as kernel, system_of as system_of, weights_for as weights_for
     from lmrepair.methods.maths.linearised import Linearised as Linearised, Used as Used

@@ -49,15 +49,21 @@ class Constraints:
         weights = self.weights(wanted, ridge, cutoff).float()
         return {layer: moved.T @ weights for layer, moved in self.moved.items()}
 
-    def changes(self, dtype: torch.dtype, wanted: Tensor, ridge: float, *, fine: bool = False) -> dict[int, Delta]:
+    def changes(
+        self, dtype: torch.dtype, wanted: Tensor, ridge: float, *, fine: bool = False,
+        undone: Mapping[int, Tensor] | None = None,
+    ) -> dict[int, Delta]:  # fmt: skip
         """The same as factors of rank n in 16 bits, where patches of that dtype hold these.
 
-        ``fine``: of twice the rank, with twice the bits for Z M.
+        ``fine``: of twice the rank, with twice the bits for Z M. ``undone``: layer → [d], by which a change of what it
+        adds to the stream is multiplied to be one of its output.
         """
+        weights, undone = self.weights(wanted, ridge).float(), undone or {}
+        asked = {layer: weights * undone[layer] if layer in undone else weights for layer in self.moved}
         if dtype not in DTYPES.values():
-            return {**self.solve(wanted, ridge)}
-        made, weights = Product.fine if fine else Product.of, self.weights(wanted, ridge).float()
-        return {layer: made(moved, weights) for layer, moved in self.moved.items()}
+            return {layer: moved.T @ asked[layer] for layer, moved in self.moved.items()}
+        made = Product.fine if fine else Product.of
+        return {layer: made(moved, asked[layer]) for layer, moved in self.moved.items()}
 
     @property
     def scale(self) -> float:

@@ -80,11 +80,11 @@ class Tail:
 
     def _added(self, moved: Tensor) -> Tensor:
         """What outputs that are ``moved`` add to the states, [N, d]."""
-        norm = self.net.anatomy.behind
+        norm = self.net.anatomy.behind[-1]
         if norm is None:
             return moved
         beside = torch.stack([self.outputs.float() + moved, self.outputs.float()])
-        after, before = self.net.alone(norm, beside.to(self.outputs.dtype)).float().unbind()
+        after, before = self.net.alone(norm.module, beside.to(self.outputs.dtype)).float().unbind()
         return after - before
 
     @torch.no_grad()

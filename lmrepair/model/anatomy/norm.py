@@ -1,8 +1,9 @@
-"""The final norm: the module that makes what the head reads, and the gain by which it multiplies."""
+"""Norms: the final one, which makes what the head reads, and those between an FFN and the stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,14 @@ from lmrepair.model.anatomy.gathered import bare
 from lmrepair.model.anatomy.probe import Probe, weight
 
 FAR = 100.0  # times the length of a state: a norm puts out the same
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, and the gain [d] (float32) by which it multiplies a normalised state."""
+
+    module: nn.Module
+    gain: Tensor
 
 
 def could_be_norms(model: nn.Module) -> list[nn.Module]:
@@ -48,14 +57,15 @@ def final_norm(probe: Probe, state: Tensor, last: nn.Module, hidden: int) -> tup
     raise ModelError("no final norm found: expected the head to read the last state, or a norm of it")
 
 
-def norm_behind(probe: Probe, output: Tensor, block: nn.Module) -> nn.Module | None:
+def norm_behind(probe: Probe, output: Tensor, block: nn.Module) -> Norm | None:
     """The norm in a block that reads an FFN's ``output`` before it is added to the stream; None where it is added as
     it is."""
     inside = set(block.modules())
     for norm, seen in probe.norms:
         alike = norm in inside and seen.given.shape == output.shape and torch.equal(seen.given, output)
         if alike and not torch.equal(seen.made, seen.given):  # dropout changes nothing here
-            return norm
+            gain = _gain(norm, output.shape[-1])
+            return None if gain is None else Norm(norm, gain)
     return None
 
 

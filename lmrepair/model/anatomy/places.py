@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lmrepair.errors import ModelError, NotFiniteError
 from lmrepair.model.anatomy.gathered import around, refuse_other_weights
 from lmrepair.model.anatomy.mixtures import is_matrix
-from lmrepair.model.anatomy.norm import could_be_norms, final_norm, norm_behind
+from lmrepair.model.anatomy.norm import Norm, could_be_norms, final_norm, norm_behind
 from lmrepair.model.anatomy.probe import LENGTH, NEGLIGIBLE, Probe, first_infinite, weight
 from lmrepair.model.anatomy.projections import ffns
 from lmrepair.model.anatomy.stacks import Place
@@ -30,7 +30,7 @@ class Anatomy:
 
     ``head`` has a weight [vocabulary, hidden]; ``gain`` [hidden] (float32) is what the final norm
     multiplies a normalised state by, and ``norm`` that norm, if the head reads just what it writes;
-    ``behind``: the norm between the last FFN and the stream, where there is one;
+    ``behind``: the norm between each layer's FFN and the stream, where there is one;
     ``ffns`` are the layers' FFNs, where their neurons are; ``around``: what puts the weights of norm and
     head together, where these are there only while the model runs.
     """
@@ -38,7 +38,7 @@ class Anatomy:
     head: nn.Module
     gain: Tensor
     norm: nn.Module | None
-    behind: nn.Module | None
+    behind: tuple[Norm | None, ...]
     ffns: tuple[Place, ...]
     hidden: int
     vocabulary: int
@@ -84,13 +84,17 @@ def find(model: nn.Module) -> Anatomy:
             )
         gain, norm = final_norm(probe, probe.clean[head][-1].given, blocks[-1], hidden)
         found = ffns(probe, stack, blocks, hidden)
+        behind = tuple(
+            norm_behind(probe, probe.clean[place.module][-1].made, block)
+            for place, block in zip(found, blocks, strict=True)
+        )
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return Anatomy(
         head=head,
         gain=gain,
         norm=norm,
-        behind=norm_behind(probe, probe.clean[found[-1].module][-1].made, blocks[-1]),
+        behind=behind,
         ffns=tuple(found),
         hidden=hidden,
         vocabulary=vocabulary,
