@@ -19,9 +19,10 @@ from typing import Any
 from lmrepair.checks.sandbox import Limits, Sandbox, end, read_until
 from lmrepair.checks.syntax import Forbidden, forbidden
 from lmrepair.checks.tasks import Task
-from lmrepair.errors import FailuresError
+from lmrepair.errors import FailuresError, UsageError
 
 PIPE = 1 << 20  # bytes that wait in a pipe: a program or a task's tests, before anyone reads them
+NOT_RUN = (126, 127)  # exit statuses of a shell that could not run a command
 TOO_LONG = {128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU, -signal.SIGKILL}
 
 
@@ -108,6 +109,8 @@ class Checker:
             return Verdict("timeout", shell)
         if ran.status or ran.stopped:
             said = ran.output.decode(errors="replace").strip()[:300]
+            if kind == "lint" and ran.status in NOT_RUN:
+                raise UsageError(f"--lint {shell!r} does not run here ({said or f'exit status {ran.status}'})")
             return Verdict(kind, f"{shell}: exit status {ran.status}" + (f": {said}" if said else ""))
         return Verdict("passed")
 

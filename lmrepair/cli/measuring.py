@@ -37,6 +37,7 @@ from lmrepair.cli.output import (
 )
 from lmrepair.cli.patches import EngineOptions, verify_served
 from lmrepair.cli.starting import load_net
+from lmrepair.errors import UsageError
 from lmrepair.measure import plain, visible
 
 Judge = Annotated[
@@ -99,6 +100,8 @@ def verify(
     """Check on a fresh load that a patch repairs what it says, measure its drift, and take it back."""
     if served.engine is not None:
         verify_served(served.engine, patch, model, served, loading, as_json)
+    if served.base is not None or served.adapter is not None or served.rank is not None:
+        raise UsageError("--base, --adapter and --rank are for an engine; give --engine llama.cpp or --engine peft")
     from lmrepair.failures import read_reference
     from lmrepair.measure import verify as check
     from lmrepair.patch import Patch

@@ -192,13 +192,24 @@ def refuse_unwritable(target: Path | None, folder: bool) -> None:
         return
     if folder and target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file; with --alone, --output is the folder for one patch a failure")
+    if folder and target.is_dir() and any(target.glob("*.safetensors")):
+        raise UsageError(f"{target} holds patches already; with --alone, expected a folder without any")
     if not folder and target.is_dir():
         raise UsageError(f"{target} is a folder; expected the patch file to write")
+    if not folder and target.exists() and not replaceable(target):
+        raise UsageError(f"{target} is there and is no patch; expected a name that is free, or that of an old patch")
     above = target.absolute() if folder else target.absolute().parent
     while not above.exists():
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"{target} cannot be written: {above} is no folder to write in")
+
+
+def replaceable(target: Path) -> bool:
+    """Whether a patch may take a file's place: nothing is lost that is no patch."""
+    from lmrepair.patch import holds_patch
+
+    return target.is_file() and (not target.stat().st_size or holds_patch(target))
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lmrepair.failures.rows import (
         Failure as Failure,
         contradictions as contradictions,
+        listed as listed,
         read_failures as read_failures,
     )
     from lmrepair.failures.sources import STANDARD_INPUT as STANDARD_INPUT, read_lines as read_lines

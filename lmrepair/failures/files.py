@@ -8,11 +8,18 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+from lmrepair.errors import UsageError
+
 
 def write_atomically(path: Path, data: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all, and flush it and its folder to the disk; ``data``: its bytes, or what writes
-    them to a file that is there.
+    them to a file that is there. Where ``path`` is a link, what it leads to is written.
+
+    Raises UsageError for a path that is there and no file: a device would be replaced by one.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is there and is no file; expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

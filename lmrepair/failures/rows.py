@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lmrepair.errors import FailuresError, nearest
+from lmrepair.errors import FailuresError, UsageError, nearest
 from lmrepair.failures.forms import Form, Template, form_of, left_out
 from lmrepair.failures.sources import Row, kind_of, read_rows, source_name
 
@@ -287,6 +287,17 @@ def contradictions(failures: Iterable[Failure]) -> list[tuple[Failure, Failure]]
         if (first.target, first.turn) != (failure.target, failure.turn):
             pairs.append((first, failure))
     return pairs
+
+
+def listed(failures: Iterable[Failure]) -> list[Failure]:
+    """What a repair is given, as a list. Raises UsageError for what is no failures, or none."""
+    found = [] if isinstance(failures, str) else list(failures)
+    other = next((type(one).__name__ for one in found if not isinstance(one, Failure)), "")
+    if isinstance(failures, str) or other:
+        raise UsageError(f"failures are {other or 'a text'}; expected Failure values, as read_failures(FILE) gives")
+    if not found:
+        raise UsageError("there are no failures to repair; expected one or more")
+    return found
 
 
 def _near(key: str, row: Mapping[str, Any], known: Collection[str]) -> str:

@@ -12,8 +12,8 @@ from statistics import median
 import torch
 
 from lmrepair.diagnosis import Diagnosis, diagnoses, listening
-from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, read_reference
+from lmrepair.errors import FailuresError, UsageError
+from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, listed, read_reference
 from lmrepair.loop.case import Case
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.judge import Guard, Scaled
@@ -74,12 +74,13 @@ def repair(
     model; WrongModelError for a gate's memory of another model.
     Source of the method's maths: arXiv 2503.12899.
     """
+    failures = listed(failures)
     for first, second in contradictions(failures):
         raise FailuresError(
             f"failures {first.id!r} and {second.id!r} want different targets for one prompt "
             f"({first.target!r}, {second.target!r}); no model can give both: keep one, or repair them --alone"
         )
-    method, full = method or MinKl(), read_fully(drift)
+    method, full = _method(method), read_fully(drift)
     known = Known.of(net, method.suited(net, len(failures)), failures, statistics, progress)
     case, began = Case.of(net, failures), time.perf_counter()
     model = fingerprint(net, {})
@@ -123,7 +124,7 @@ def repair_each(
     KL is measured, as for ``repair``. Drift is measured where there is a ``reference``; the gate's own measurement is
     taken where it reads these texts.
     """
-    method = method or MinKl()
+    method = _method(method)
     full = read_fully(drift)
     known = Known.of(net, method.suited(net, 1), failures, statistics, progress)
     model = fingerprint(net, {})
@@ -143,6 +144,12 @@ def repair_each(
         read = time.perf_counter() - made
         cost = replace(attempt.cost, patch_seconds=attempt.cost.patch_seconds + made - began, drift_seconds=read)
         yield replace(result, cost=cost)
+
+
+def _method(given: Method | None) -> Method:
+    if given is not None and not isinstance(given, Method):
+        raise UsageError(f"method is {given!r}; expected a value, MinKl(margin=3.0) say")
+    return given or MinKl()
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ class Targeting:
             return 1
         if self.layers == "auto":
             return layers
-        return max(1, math.ceil(share_of(self.layers.removeprefix("upper "), "layers") * layers))
+        try:
+            return max(1, math.ceil(share_of(self.layers.removeprefix("upper "), "layers") * layers))
+        except UsageError as error:
+            known = "a share of the layers above 0 and up to 1 (1/4), 'upper' and a share, last, one, or auto"
+            raise UsageError(f"layers {self.layers!r}: expected {known}") from error
 
 
 def share_of(text: str, option: str) -> Fraction:

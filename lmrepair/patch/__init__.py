@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         Rewritten as Rewritten,
         Writing as Writing,
         folder_of as folder_of,
+        refuse_output as refuse_output,
         rewrite as rewrite,
     )
     from lmrepair.patch.folder import refuse_existing as refuse_existing, save_model as save_model
-    from lmrepair.patch.format import Item as Item, Made as Made
+    from lmrepair.patch.format import Item as Item, Made as Made, holds_patch as holds_patch
     from lmrepair.patch.hub import CARD as CARD, FILE as FILE, upload as upload
     from lmrepair.patch.patch import (
         LayerPart as LayerPart,

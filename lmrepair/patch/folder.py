@@ -14,9 +14,10 @@ from lmrepair.model import Net, digest, quietly
 from lmrepair.patch.disk import beside, place_folder, refuse_short_of_space, said_in_one_line
 
 
-def refuse_existing(output: Path) -> None:
-    """Raise UsageError for an output folder that would overwrite something or cannot be made."""
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+def refuse_existing(output: Path, force: bool = False) -> None:
+    """Raise UsageError for an output folder that would overwrite something (``force``: that is no folder) or cannot
+    be made."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or (not force and any(output.iterdir())))):
         raise UsageError(f"{output} exists already; expected a folder that is not there yet, so that nothing is lost")
     above = output.absolute().parent
     while not above.exists():
@@ -25,14 +26,15 @@ def refuse_existing(output: Path) -> None:
         raise UsageError(f"{output} cannot be written: {above} is no folder to write in")
 
 
-def save_model(net: Net, output: str | Path) -> None:
-    """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete.
+def save_model(net: Net, output: str | Path, force: bool = False) -> None:
+    """Save model and tokenizer as a Hugging Face folder that appears under its name only when complete; ``force``: in
+    the place of a folder that is there.
 
     Raises UsageError for an output that exists or cannot be written, ModelError if the saved FFN output projections
     are not, bit for bit, the net's.
     """
     output = Path(output)
-    refuse_existing(output)
+    refuse_existing(output, force)
     with said_in_one_line(output), beside(output) as temporary:
         refuse_short_of_space(temporary, net.bytes)
         with quietly():

@@ -60,6 +60,13 @@ class Made:
     withheld: int = 0  # failures that it was made for and does not tell
 
 
+def holds_patch(path: Path) -> bool:
+    """Whether a file says that it is a patch; no more of it than its header is read, and nothing checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return size <= HEADER_LIMIT and f'"{KEY}":'.encode() in file.read(size)
+
+
 @dataclass(frozen=True)
 class Contents:
     """Everything a patch file holds: layer → ``Change`` or ``LowRank``, failures, how it was made, for which model."""

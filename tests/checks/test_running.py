@@ -92,6 +92,8 @@ def test_rules_beside_the_tests(checker: Checker) -> None:
     assert judged(strict, "def f(x): return x + 1", tests).passed
     assert judged(strict, "def f(x): return eval('x + 1')", tests).detail == "line 1: eval(...)"
     assert judged(strict, "f = lambda x: x + 1", tests).kind == "lint"
+    with pytest.raises(UsageError, match="--lint 'no-such-linter -' does not run here"):
+        judged(replace(checker, lint=("no-such-linter -",)), "def f(x): return x + 1", tests)
 
 
 def test_the_completions_text_is_there_for_the_tests(checker: Checker) -> None:

@@ -74,6 +74,8 @@ def write_report(source: str | Path, output: str | Path, views: int = TOKEN_VIEW
     source, output = Path(source), Path(output)
     if output.is_dir():
         raise UsageError(f"{output} is a folder; expected the HTML file to write")
+    if output.is_file() and not _is_page(output):
+        raise UsageError(f"{output} is there and is no HTML page; expected a free name, or an old report")
     files = [source] if source.is_file() else sorted(source.glob("*.json"))
     if files and (source.is_file() or is_fix(files[0])):
         fixes = read_fixes(files)
@@ -83,6 +85,12 @@ def write_report(source: str | Path, output: str | Path, views: int = TOKEN_VIEW
         count, text = len(results), page(results, views)
     write_atomically(output, text.encode("utf-8", "backslashreplace"))
     return count
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    return not start or start.startswith(b"<!doctype html")
 
 
 def page(results: Sequence[Result], views: int = TOKEN_VIEWS) -> str:

@@ -66,8 +66,8 @@ def rewrite_folder(
             note = f"{error}: the output is written whole in the patch's dtype"
     if done is None:
         if output is None:
-            raise UsageError(f"{note or model + ' is no folder of safetensors'}; --in-place needs one: use --output")
-        done = _through_memory(verb, loaded, model, output, loading)
+            raise UsageError(f"{_why_whole(model, folder, note)}, which --in-place cannot do; use --output")
+        done = _through_memory(verb, loaded, model, output, where.force, loading)
     data = {
         "model": model, "patch": str(path), "action": verb, "output": str(done.output), "neurons": loaded.neurons,
         "tensors": done.names, "files": list(done.files), "compared": done.compared, "note": note,
@@ -83,13 +83,22 @@ def rewrite_folder(
     show_result(data, lines, as_json)
 
 
-def _through_memory(verb: str, patch: Patch, model: str, output: Path, loading: LoadOptions) -> Rewritten:
-    """The same for a model that is no folder in the patch's dtype: loaded, and written by transformers."""
-    from lmrepair.patch import Rewritten, refuse_existing, save_model
+def _why_whole(model: str, folder: Path | None, note: str) -> str:
+    if folder is None:
+        return f"{model} is no folder of safetensors: a folder is written anew"
+    return note or f"{model} is loaded in another dtype than the patch's: it is written whole"
 
-    refuse_existing(output)
+
+def _through_memory(verb: str, patch: Patch, model: str, output: Path, force: bool, loading: LoadOptions) -> Rewritten:
+    """The same for a model that is no folder in the patch's dtype: loaded, and written by transformers."""
+    from lmrepair.patch import Rewritten, folder_of, refuse_existing, refuse_output, save_model
+
+    folder = folder_of(model)
+    if folder is not None:
+        refuse_output(folder, output, force)
+    refuse_existing(output, force)
     net = load_net(model, loading.for_patch(patch))
     getattr(patch, verb)(net)
-    save_model(net, output)
+    save_model(net, output, force)
     names = {layer: tuple(stack.name for stack in net.anatomy.ffns[layer].stacks) for layer in patch.changes}
     return Rewritten(output, names, ("every file",), "every weight", ())

@@ -100,7 +100,7 @@ def export_text(data: dict[str, Any]) -> list[str]:
         lines.append("exact      the adapter's change is the patch's")
     for one in data["tried"]:
         lines.append(f"rank {one['rank']:>4}  {one['kept']} of {one['of']} failures hold")
-    if data["tried"]:
+    if data["tried"] and data["rank"] < data["patch_rank"]:
         lines.append(f"cut        from rank {data['patch_rank']}, the patch's own, to {data['rank']}")
     if data["lost"]:
         lines.append(f"lost       {visible(', '.join(data['lost']), None)}")

@@ -32,7 +32,7 @@ def load(
     tokenizer: Any = None,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     shards: str = "",
 ) -> Net:
@@ -44,7 +44,7 @@ def load(
     that these have; "tensor", "experts" for a mixture, or "fsdp". Raises ModelError for a model that cannot be loaded
     whole or placed, UsageError for an unknown dtype or device.
     """
-    where = _device(device)
+    where, dtype = _device(device), str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, "auto"):
         raise UsageError(f"unknown dtype {dtype!r}; {nearest(dtype, (*DTYPES, 'auto'))}")
     if isinstance(model, nn.Module):

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from lmrepair.patch.disk.placing import OtherDtypeError as OtherDtypeError
     from lmrepair.patch.disk.source import folder_of as folder_of
     from lmrepair.patch.disk.stored import Checkpoint as Checkpoint, read_checkpoint as read_checkpoint
-    from lmrepair.patch.disk.writing import Rewritten as Rewritten, Writing as Writing, rewrite as rewrite
+    from lmrepair.patch.disk.writing import (
+        Rewritten as Rewritten,
+        Writing as Writing,
+        refuse_output as refuse_output,
+        rewrite as rewrite,
+    )
 
 __getattr__, __dir__ = door(__name__)

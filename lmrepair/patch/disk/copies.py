@@ -169,5 +169,6 @@ def refuse_short_of_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UsageError(
-            f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are to be written; everything is as it was"
+            f"the disk of {folder.absolute().parent} has {free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB are to be "
+            "written; everything is as it was"
         )

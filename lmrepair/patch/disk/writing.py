@@ -80,7 +80,7 @@ def rewrite(source: Path, patch: Patch, revert: bool, output: Path | None, how: 
     if output is None:
         _in_place(checkpoint, parts, revert, how)
     else:
-        _refuse_output(source, output, how.force)
+        refuse_output(source, output, how.force)
         with said_in_one_line(output):
             _write_folder(checkpoint, parts, revert, output, how)
     stale = tuple(sorted(path.name for kind in ("*.bin", "*.pt", "*.gguf") for path in source.glob(kind)))
@@ -89,7 +89,9 @@ def rewrite(source: Path, patch: Patch, revert: bool, output: Path | None, how: 
     return Rewritten(output or source, tensors, tuple(file.name for file in touched), compared, stale)
 
 
-def _refuse_output(source: Path, output: Path, force: bool) -> None:
+def refuse_output(source: Path, output: Path, force: bool) -> None:
+    """Raise UsageError for an output that is the model in ``source``, in it or around it, or is there (``force``: a
+    folder may be)."""
     if output.exists() and output.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(f"{output} is the model that is read, or holds it; use --in-place, or another --output")
     above = output.absolute().parent.resolve()

@@ -106,6 +106,8 @@ def peft_on(net: Net, folder: Path) -> Iterator[Sequence[str]]:
         from peft import PeftModel
     except ImportError as error:
         raise UsageError("PEFT is not installed; pip install 'lmrepair[lora]'") from error
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"{folder} is no adapter: it has no adapter_config.json; expected a folder of --to peft")
     wanted = [(parameter, parameter.requires_grad) for parameter in net.model.parameters()]
     wrapped = PeftModel.from_pretrained(net.model, str(folder))
     wrapped.eval()
