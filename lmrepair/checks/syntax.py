@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from lmrepair.errors import UsageError
 
-ANY = "..."
-
 
 @dataclass(frozen=True)
 class Forbidden:

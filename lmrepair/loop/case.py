@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
+
+import torch
 
 from lmrepair.diagnosis import Diagnosis, diagnoses
 from lmrepair.failures import Failure, Tokens
 from lmrepair.model import Batch, Net, Preference, greedy, settled
+
+FORWARDS_TIMED, TIMED_SECONDS = 3, 0.5
+LOGITS_TIMED = 1 << 27  # numbers: a plain forward pass makes those of all positions, 512 MB in float32
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,23 @@ class Case:
             found = self.diagnose(known)
             made = iter(greedy(self.net, [item.tokens for item in found if not item.mistakes], until_wrong=True))
             return found, [not item.mistakes and next(made) == item.tokens.target for item in found]
+
+
+def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
+    """The time of one plain forward pass over the batches, median of three, or of as few as take half a second.
+
+    Of many failures, as few rows at a time as keep the logits below LOGITS_TIMED.
+    """
+    times: list[float] = []
+    vocabulary = net.anatomy.vocabulary
+    with torch.inference_mode():
+        while len(times) < FORWARDS_TIMED and sum(times) < TIMED_SECONDS:
+            began = time.perf_counter()
+            for batch in batches:
+                rows = max(1, LOGITS_TIMED // (vocabulary * batch.ids.shape[1]))
+                for ids, mask in zip(batch.ids.split(rows), batch.mask.split(rows), strict=True):
+                    net.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            if net.device.type == "cuda":
+                torch.cuda.synchronize(net.device)
+            times.append(time.perf_counter() - began)
+    return median(times)

@@ -7,14 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
-from statistics import median
-
-import torch
 
 from lmrepair.diagnosis import Diagnosis, diagnoses, listening
 from lmrepair.errors import FailuresError, UsageError
 from lmrepair.failures import Failure, Reference, Tokens, Wordings, contradictions, listed, read_reference
-from lmrepair.loop.case import Case
+from lmrepair.loop.case import Case, forward_seconds
 from lmrepair.loop.gate import Gate
 from lmrepair.loop.judge import Guard, Scaled
 from lmrepair.loop.outcome import Cost, Outcome, Repair, recorded, with_drift
@@ -23,7 +20,6 @@ from lmrepair.loop.solver import Known, Solver, first_reading, say_memory
 from lmrepair.loop.untouched import Measured, Untouched, read_fully
 from lmrepair.methods import Method, MinKl
 from lmrepair.model import (
-    Batch,
     Change,
     Edit,
     Fingerprint,
@@ -35,12 +31,12 @@ from lmrepair.model import (
     give_back,
     quiet,
     settled,
+    uninterrupted,
 )
 from lmrepair.patch import Item, Made, Patch
 
 MARGIN_ROUNDS = 3  # at most, where the check finds another token than the loop did
 SPARE_MARGIN = 0.1  # logits asked for in addition in each of them
-FORWARDS_TIMED, TIMED_SECONDS = 3, 0.5
 
 
 def repair(
@@ -99,10 +95,17 @@ def repair(
         measured = Untouched.of(net, [reference], full, model).measure(patch)
     times.append(time.perf_counter())
     patch = recorded(patch, measured.drift, reference)
-    patch.apply(net)
-    made, read, applied = (later - earlier for earlier, later in pairwise([*times, time.perf_counter()]))
-    cost = replace(attempt.cost, drift_seconds=read, patch_seconds=attempt.cost.patch_seconds + named + made + applied)
-    return replace(attempt.result(patch), drift=measured.drift, cost=cost)
+    try:
+        patch.apply(net)
+        made, read, applied = (later - earlier for earlier, later in pairwise([*times, time.perf_counter()]))
+        spent = attempt.cost.patch_seconds + named + made + applied
+        cost = replace(attempt.cost, drift_seconds=read, patch_seconds=spent)
+        return replace(attempt.result(patch), drift=measured.drift, cost=cost)
+    except BaseException:
+        with uninterrupted():  # nobody has the patch yet to take it back with
+            if patch.is_applied(net):
+                patch.revert(net)
+        raise
 
 
 def repair_each(
@@ -326,20 +329,6 @@ def _reason(after: Diagnosis, greedy: bool, method: Method, failed: bool, stoppe
         spent = f"after {method.epochs} epochs" + (" for each, which were undone" if method.undoes else "")
         return f"{count} of {total} positions are still mistaken {spent}; {method.advice}"
     return "" if greedy else "preferred at every position, but greedy decoding gives another text; try a larger margin"
-
-
-def forward_seconds(net: Net, batches: Sequence[Batch]) -> float:
-    """The time of one plain forward pass over the batches, median of three, or of as few as take half a second."""
-    times: list[float] = []
-    with torch.inference_mode():
-        while len(times) < FORWARDS_TIMED and sum(times) < TIMED_SECONDS:
-            began = time.perf_counter()
-            for batch in batches:
-                net.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-            if net.device.type == "cuda":
-                torch.cuda.synchronize(net.device)
-            times.append(time.perf_counter() - began)
-    return median(times)
 
 
 def _sum_of(attempts: Sequence[_Attempt]) -> Cost:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         put as put,
         same_bits as same_bits,
         take as take,
-        uninterrupted as uninterrupted,
         written_out as written_out,
     )
     from lmrepair.model.head import Head as Head
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
         give_back as give_back,
         keep_blocks_apart as keep_blocks_apart,
         quiet as quiet,
+        uninterrupted as uninterrupted,
     )
     from lmrepair.model.source import HUB as HUB, Source as Source
     from lmrepair.model.statistics import (

@@ -1,10 +1,13 @@
-"""What a run does beside its work: it says how far it is, and gives memory back."""
+"""What a run does beside its work: it says how far it is, gives memory back, and holds a Ctrl-C back."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -31,3 +34,19 @@ def give_back() -> None:
     """
     with suppress(*ELSEWHERE):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done (only the main thread receives one)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending and callable(before):
+            before(*pending[0])

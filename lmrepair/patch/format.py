@@ -118,10 +118,14 @@ def read_contents(path: Path) -> Contents:
     try:
         tensors = safetensors.torch.load(raw)
         length = struct.unpack("<Q", raw[:8])[0]
-        record = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][KEY])
+        record = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][KEY], parse_constant=_refuse_constant)
         return _parse(record, tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+    except (safetensors.SafetensorError, LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise PatchError(f"{path}: not a patch this version can read ({type(error).__name__}: {error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of a patch")
 
 
 def _stamp(blank: bytes) -> bytes:
@@ -248,7 +252,7 @@ def _checked(change: Change, layer: int) -> Change:
         raise ValueError(f"layer {layer}: columns are no list of whole numbers")
     if int(columns[0]) < 0 or bool((columns[1:] <= columns[:-1]).any()):
         raise ValueError(f"layer {layer}: columns are not sorted and unique")
-    if deltas.dtype != torch.float32 or deltas.dim() != 2 or len(deltas) != len(columns):
+    if deltas.dtype != torch.float32 or deltas.dim() != 2 or len(deltas) != len(columns) or not deltas.shape[1]:
         raise ValueError(f"layer {layer}: deltas do not fit the columns")
     if originals.dtype not in DTYPES.values() or originals.shape != deltas.shape:
         raise ValueError(f"layer {layer}: originals do not fit the deltas")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import PatchError, WrongModelError
-from lmrepair.failures import write_atomically
+from lmrepair.failures import Tokens, write_atomically
 from lmrepair.model import (
     DTYPES,
     Change,
@@ -71,14 +71,22 @@ class Patch(Contents):
         patch was made for; PatchError, with the weights as they were, if nothing moved.
         """
         self._fit(net, applied=False)
-        probe = net.batches([item.tokens for item in self.items[:1]])  # none where they were withheld
+        # Of what was right before, the patch may move nothing; none at all where failures were withheld.
+        likely = sorted(self.items, key=lambda item: not (item.before and item.repaired))
+        if not any(self._moved(net, [item.tokens]) for item in likely) and (likely or not self._moved(net, [])):
+            raise PatchError("the patch was written but the model's logits did not move; the weights are as before")
+
+    def _moved(self, net: Net, tokens: Sequence[Tokens]) -> bool:
+        """Write the patch; where tokens are given and their logits are as they were, put the neurons back."""
+        probe = net.batches(tokens)
         with Trial(net, self.sites()) as trial, settled(net.model), torch.inference_mode():
             before = [net.logits(batch) for batch in probe]
             trial.write({layer: change.delta for layer, change in self.changes.items()})
             after = [net.logits(batch) for batch in probe]
-            if probe and all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
-                raise PatchError("the patch was written but the model's logits did not move; the weights are as before")
-            trial.keep()
+            moved = not probe or any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+            if moved:
+                trial.keep()
+            return moved
 
     def revert(self, net: Net) -> None:
         """Put the original values back, bit for bit.
@@ -167,6 +175,11 @@ class Patch(Contents):
             )
         if not all(_fits(net, layer, change) for layer, change in self.changes.items()):
             raise WrongModelError(f"the patch was made for {made!r} with wider layers than this model has")
+        largest = max((max(item.tokens.ids) for item in self.items), default=0)
+        if largest >= net.anatomy.vocabulary:
+            raise WrongModelError(
+                f"the patch's failures have token {largest}; this model's vocabulary has {net.anatomy.vocabulary}"
+            )
         whole = {layer for layer, change in self.changes.items() if isinstance(change, LowRank)}
         columns = {layer: change.columns for layer, change in self.changes.items() if layer not in whole}
         found = fingerprint(net, columns)

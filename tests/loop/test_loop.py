@@ -21,6 +21,7 @@ from lmrepair.failures import Reference, kindred
 from lmrepair.failures.forms import Template
 from lmrepair.failures.tokens import Tokens
 from lmrepair.loop import loop, repair_alone, solver
+from lmrepair.loop.case import Case, forward_seconds
 from lmrepair.loop.loop import repair_each
 from lmrepair.loop.untouched import Untouched
 from lmrepair.methods import DEFAULT, base, method_named
@@ -332,7 +333,9 @@ def breaking(at: str, error: type[BaseException]) -> Callable[..., object]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", ["solve", "progress", "recorded", "fingerprint", "forward_seconds", "apply", "moved"])
+@pytest.mark.parametrize(
+    "at", ["solve", "progress", "recorded", "fingerprint", "forward_seconds", "apply", "moved", "pairwise"]
+)
 def test_whatever_breaks_the_net_is_as_it_was(
     at: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,3 +452,15 @@ def test_every_pass_of_a_repair_answers_a_question_of_its_own(name: str, monkeyp
     taught = sum(passes[: passes.index(0)])
     assert taught == before + each * result.cost.steps + after
     assert sum(passes) == taught, "nothing is read after the check"
+
+
+def test_logits_of_many_failures_are_not_made_at_once_for_the_unit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = oracle_models.net()
+    case = Case.of(net, FAILURES)
+    seen: list[int] = []
+    handle = net.anatomy.head.register_forward_hook(lambda _, __, made: seen.append(made.shape[0]))
+    monkeypatch.setattr("lmrepair.loop.case.LOGITS_TIMED", 1)
+    assert forward_seconds(net, case.batches) > 0
+    handle.remove()
+    assert len(FAILURES) > 1
+    assert set(seen) == {1}

@@ -353,6 +353,12 @@ FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, object]], object]] = {
     "ids of a wrong type": lambda p, r: r["failures"][0].update({"target_ids": ["1"]}),  # type: ignore[index]
     "model of a wrong type": lambda p, r: r.update({"model": "m"}),
     "missing key": lambda p, r: r.pop("drift"),
+    "neurons of no width": lambda p, r: p.update(
+        {name: p[name][:, :0].clone() for name in p if not name.endswith("columns")}
+    ),
+    "drift that is NaN": lambda p, r: r.update({"drift": {"kl": float("nan")}}),
+    "a gap beyond floats": lambda p, r: r["failures"][0].update({"before": [[0, 1, 2, 10**400]]}),  # type: ignore[index]
+    "a position beyond numbers": lambda p, r: r["failures"][0].update({"after": [[float("inf"), 1, 2, 0.5]]}),  # type: ignore[index]
 }
 
 
@@ -369,6 +375,37 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Patch.load(tmp_path / "none")
     with pytest.raises(PatchError, match="cannot be read"):
         Patch.load(tmp_path)
+
+
+def test_one_failure_that_a_patch_does_not_move_stands_against_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that are not chosen for it, or neurons that are silent there: another failure is looked at."""
+    net = oracle_models.net()
+    patch = made_on(net)
+    assert len(patch.items) > 1
+    still: set[str] = {patch.items[0].tokens.id}
+    real = Net.logits
+    monkeypatch.setattr(
+        Net,
+        "logits",
+        lambda self, batch, *more: real(self, batch, *more) * (batch.tokens[0].id not in still),
+    )
+    patch.apply(net)
+    assert patch.is_applied(net)
+    patch.revert(net)
+    before = State.of(net)
+    still |= {item.tokens.id for item in patch.items}
+    with pytest.raises(PatchError, match="did not move"):
+        patch.apply(net)
+    assert not before.changed(net)
+
+
+def test_a_failure_of_tokens_that_the_model_does_not_have_is_refused() -> None:
+    net = oracle_models.net()
+    patch = made_on(net)
+    tokens = replace(patch.items[0].tokens, target=(net.anatomy.vocabulary,))
+    other = replace(patch, items=(replace(patch.items[0], tokens=tokens), *patch.items[1:]))
+    with pytest.raises(WrongModelError, match="vocabulary"):
+        other.apply(net)
 
 
 # --- other models ---------------------------------------------------------------------------------

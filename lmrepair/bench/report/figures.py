@@ -150,10 +150,6 @@ def number(value: float, measure: Measure) -> str:
     return text.replace("-", "−") + measure.unit
 
 
-def spoken(base: str) -> str:
-    return NAMES.get(base, base)
-
-
 def worst_first(measured: Iterable[Mapping[str, float]]) -> list[str]:
     """The kinds of reference text among the keys ``drift.KIND.kl``, the largest mean KL first."""
     found: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from lmrepair.errors import ModelError
 from lmrepair.model.anatomy.shards import whole
+from lmrepair.model.process import uninterrupted
 
 Owners = Mapping[nn.Module, FSDPModule]
 
@@ -67,17 +68,18 @@ def settled(model: nn.Module) -> Iterator[None]:
     rest(model)  # what is put together from shards are other parameters than these
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in wanted:
-        parameter.requires_grad_(False)
     try:
+        model.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
         yield
     finally:
-        rest(model)
-        for parameter, needed in wanted:
-            parameter.requires_grad_(needed)
-        for module, training in modes:
-            module.training = training
+        with uninterrupted():
+            rest(model)
+            for parameter, needed in wanted:
+                parameter.requires_grad_(needed)
+            for module, training in modes:
+                module.training = training
 
 
 @contextmanager

@@ -210,10 +210,18 @@ def recorded(place: Place, see: Callable[[Routed, Tensor, bool], Tensor], hidden
         torch.set_grad_enabled(True)
         running[-1][0].__enter__()  # type: ignore[no-untyped-call]
 
-    def stop(_: nn.Module, __: Any, output: Any) -> Any:
+    def left() -> tuple[Products, bool]:
         mode, graph = running.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         torch.set_grad_enabled(graph)
+        return mode, graph
+
+    def unwind() -> None:
+        while running:  # torch calls no hook behind a Ctrl-C
+            left()
+
+    def stop(_: nn.Module, __: Any, output: Any) -> Any:
+        mode, graph = left()
         made = first(output)
         if made is None or made.shape[-1] != hidden:
             return None
@@ -223,6 +231,7 @@ def recorded(place: Place, see: Callable[[Routed, Tensor, bool], Tensor], hidden
         return replaced(output, see(found, flat if fed else flat.detach(), fed).reshape(made.shape))
 
     with ExitStack() as hooks:
+        hooks.callback(unwind)
         hooks.callback(place.module.register_forward_pre_hook(start).remove)
         hooks.callback(place.module.register_forward_hook(stop, always_call=True).remove)
         yield

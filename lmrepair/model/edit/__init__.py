@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         put as put,
         same_bits as same_bits,
         take as take,
-        uninterrupted as uninterrupted,
     )
     from lmrepair.model.edit.unwritten import beside as beside
 

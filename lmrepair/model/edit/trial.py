@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from lmrepair.model.batches import Sites
 from lmrepair.model.edit.changes import BITS, Change, Edit, LowRank
 from lmrepair.model.edit.products import Delta, Product, patched, written_out
 from lmrepair.model.net import DTYPES, Net
+from lmrepair.model.process import uninterrupted
 
 
 class Trial:
@@ -106,19 +105,3 @@ def _equal_bits(one: Tensor, other: Tensor) -> Tensor:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same, bit for bit."""
     return one.shape == other.shape and one.dtype == other.dtype and bool(_equal_bits(one, other).all())
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done (only the main thread receives one)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pending and callable(before):
-            before(*pending[0])

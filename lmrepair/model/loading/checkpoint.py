@@ -110,11 +110,12 @@ def quietly() -> Iterator[None]:
         yield
         return
     log = transformers.logging
-    level = log.get_verbosity()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         yield
     finally:
         log.set_verbosity(level)
-        log.enable_progress_bar()
+        if bars:
+            log.enable_progress_bar()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lmrepair.failures import write_atomically
-from lmrepair.model.edit import uninterrupted
+from lmrepair.model.process import uninterrupted
 
+UNWRITABLE = (OSError, safetensors.SafetensorError)
 UNREADABLE = (OSError, safetensors.SafetensorError, ValueError, RecursionError)
 
 Packed = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them
@@ -86,13 +87,13 @@ class CachedFile:
         """The file of a run that is under way."""
         return CachedFile(self.path.with_suffix(".part"), self.key)
 
-    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> OSError | None:
+    def write(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Exception | None:
         """Write all or nothing. Where nothing can be kept, the work goes on without: gives what stood against it."""
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps({**record, "key": self.key, "digest": _digest(whole)}, sort_keys=True)
         try:
             write_atomically(self.path, lambda to: safetensors.torch.save_file(whole, to, {"lmrepair": text}))
-        except OSError as error:
+        except UNWRITABLE as error:
             return error
         return None
 

@@ -141,7 +141,7 @@ class _Gathering:
                     "statistics cannot be kept in %s (%s) and are gathered again next time; "
                     "LMREPAIR_CACHE names a folder",
                     self.folder,
-                    error.strerror or error,
+                    getattr(error, "strerror", None) or error,
                 )
             file.part.remove()
             found = _kept(file, self.net, self.kinds) or found  # on the disk, not in memory
@@ -154,7 +154,8 @@ class _Gathering:
         read = hashlib.sha256(json.dumps(given).encode()).hexdigest()
         wanted = {"format": FORMAT, "body": self.model.body, "layers": self.model.layers, "text": text.name,
                   "given": read, "kinds": sorted(self.kinds.items()), "samples": asked.samples,
-                  "torch": torch.__version__, "weighted": asked.weighted, "begun": begun}  # fmt: skip
+                  "torch": torch.__version__, "weighted": asked.weighted, "begun": begun,
+                  "config": self.net.model.config.to_json_string(), "device": self.net.device.type}  # fmt: skip
         return CachedFile.of(self.folder, "statistics", wanted)
 
 

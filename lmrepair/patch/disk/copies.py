@@ -20,7 +20,6 @@ from lmrepair.failures import flush, umask
 BLOCK = 1 << 23  # bytes copied at once
 _FICLONE = 0x40049409  # Linux: one file shares the other's blocks until either is written to
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES)
 
 
 def files_of(folder: Path) -> list[Path]:

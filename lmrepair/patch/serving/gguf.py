@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmrepair.errors import ModelError, UsageError, WrongModelError, nearest
-from lmrepair.failures import flush
+from lmrepair.failures import flush, write_atomically
 from lmrepair.model import LowRank, open_gguf
 from lmrepair.patch.disk import said_in_one_line
 from lmrepair.patch.patch import Patch
@@ -115,27 +113,22 @@ def save_gguf(factors: Factors, architecture: str, output: Path, force: bool = F
         tensors[f"{name_of(layer)}.lora_a"] = a.contiguous()
         # llama.cpp multiplies by alpha / the layer's rank
         tensors[f"{name_of(layer)}.lora_b"] = (b * (len(a) / factors.rank)).contiguous()
+
+    def fill(path: Path) -> None:
+        writer = gguf.GGUFWriter(str(path), architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(factors.rank))
+        for name, values in tensors.items():
+            writer.add_tensor(name, values.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _refuse_cut(path, tensors)
+
     with said_in_one_line(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        os.close(handle)
-        try:
-            writer = gguf.GGUFWriter(temporary, architecture)
-            writer.add_type("adapter")
-            writer.add_string("adapter.type", "lora")
-            writer.add_float32("adapter.lora.alpha", float(factors.rank))
-            for name, values in tensors.items():
-                writer.add_tensor(name, values.numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            _refuse_cut(Path(temporary), tensors)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, output)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(output, fill)
 
 
 def _refuse_cut(path: Path, tensors: Mapping[str, Tensor]) -> None:
