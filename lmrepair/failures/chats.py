@@ -49,7 +49,8 @@ def rendered(failure: Failure, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """
     if not getattr(tokenizer, "chat_template", None) and "chat_template" not in failure.chat_template_kwargs:
         raise FailuresError(
-            f"failure {failure.id!r} has messages, but the tokenizer has no chat template; give a prompt instead"
+            f"failure {failure.id!r} is asked as a chat, but the tokenizer has no chat template; "
+            "give a prompt, without --chat"
         )
     _refuse_settings(failure, tokenizer)
     goes_on = failure.messages[-1]["role"] == "assistant"

@@ -219,6 +219,15 @@ def test_what_a_template_raises_is_one_line_with_the_id_and_its_words(kind: str)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("failure", [chat(), Failure("hi", "yes", "row").in_chat()], ids=["messages", "--chat"])
+def test_a_chat_without_a_template_is_refused_in_words_that_hold_for_a_prompt_too(failure: Failure) -> None:
+    with pytest.raises(FailuresError) as caught:
+        rendered(failure, with_template(None))
+    assert str(caught.value) == (
+        "failure 'row' is asked as a chat, but the tokenizer has no chat template; give a prompt, without --chat"
+    )
+
+
 def test_one_of_several_templates_can_be_named() -> None:
     tokenizer = with_template({"rag": "{{messages[0].content}}: ", "tools": "b"})
     assert rendered(chat(chat_template_kwargs={"chat_template": "rag"}), tokenizer).prompt == "hi: "
