@@ -21,7 +21,9 @@ def _keys(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-OURS = ("prompt", "messages", "target", "id", "paraphrases", "tools", "functions", "chat_template_kwargs")
+EXTRA = ("id", "paraphrases")
+CHAT = ("tools", "functions", "chat_template_kwargs")
+OURS = ("prompt", "messages", "target", *EXTRA, *CHAT)
 # Notes that people keep beside a row; they say nothing to a model.
 NOTES = _keys(
     "category comment comments created_at dataset date difficulty idx index label lang language level license meta "
@@ -105,6 +107,14 @@ class Form:
     def fits(self, row: Values) -> bool:
         return any(keys <= row.keys() for keys in self.one_of)
 
+    def given(self, row: Values) -> Values:
+        """The row without the nulls of keys that it may leave out, as if it did."""
+        found = _present(row)
+        if self.fits(found):
+            return found
+        needed = frozenset[str]().union(*self.one_of) - {"messages"}
+        return {key: value for key, value in row.items() if key in found or key in needed}
+
     @property
     def keys(self) -> frozenset[str]:
         return frozenset(self.knows).union(*self.one_of)
@@ -115,7 +125,7 @@ def form_of(row: Values, where: str, also: Collection[str] = ()) -> Form:
 
     Raises FailuresError, with the nearest known key, for keys that belong to none.
     """
-    form = next((form for form in FORMS if form.fits(row)), OWN)
+    form = next((form for keys in (_present(row), row) for form in FORMS if form.fits(keys)), OWN)
     known = form.keys | form.unused | NOTES | {*also}
     for key in row:
         if key not in known:
@@ -124,6 +134,10 @@ def form_of(row: Values, where: str, also: Collection[str] = ()) -> Form:
             hint = near if near.startswith("did you mean") else nearest(key, {*form.keys, *also})
             raise FailuresError(f"{where}: unknown key {key!r} ({hint}); leave it out, or put it under metadata")
     return form
+
+
+def _present(row: Values) -> Values:
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def left_out(form: Form, row: Values) -> list[str]:
@@ -144,7 +158,11 @@ def _first(row: Values, *keys: str) -> str:
 
 def _with(row: Values, **own: Any) -> Values:
     """A row of our own, with the keys that every form may have."""
-    return {**{key: row[key] for key in ("id", "paraphrases") if key in row}, **own}
+    return {**_only(row, EXTRA), **own}
+
+
+def _only(row: Values, keys: Collection[str]) -> dict[str, Any]:
+    return {key: row[key] for key in keys if key in row}
 
 
 def _alpaca(row: Values, where: str) -> Values:
@@ -171,8 +189,7 @@ def _sharegpt(row: Values, where: str) -> Values:
     system = _text(row, "system", where)
     messages = [{"role": "system", "content": system}] if system else []
     messages += [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
-    other = {key: row[key] for key in ("tools", "chat_template_kwargs", "target") if key in row}
-    return _with(row, messages=messages, **other)
+    return _with(row, messages=messages, **_only(row, (*CHAT, "target")))
 
 
 def _turn(turn: Values, where: str) -> dict[str, Any]:
@@ -195,10 +212,10 @@ def _turn(turn: Values, where: str) -> dict[str, Any]:
 def _pair(row: Values, _: str) -> Values:
     prompt, target = row["prompt"], row[_first(row, "completion", "response")]
     if not isinstance(prompt, list):
-        return _with(row, prompt=prompt, target=target)
+        return _with(row, prompt=prompt, target=target, **_only(row, CHAT))
     both = [*prompt, *target] if isinstance(target, list) else prompt
-    other = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
-    return _with(row, messages=both, **other, **({} if isinstance(target, list) else {"target": target}))
+    answer = {} if isinstance(target, list) else {"target": target}
+    return _with(row, messages=both, **_only(row, CHAT), **answer)
 
 
 def _human_eval(row: Values, _: str) -> Values:
@@ -237,8 +254,6 @@ def _ours(row: Values, _: str) -> Values:
     return row
 
 
-EXTRA = ("id", "paraphrases")
-CHAT = ("tools", "functions", "chat_template_kwargs")
 OWN = Form("our own", (), _ours, OURS)
 # The first that fits is the row's form.
 FORMS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from lmrepair.errors import FailuresError
 from lmrepair.failures.forms import Template, form_of
 from lmrepair.failures.rows import Failure, read_failure
-from lmrepair.failures.sources import kind_of, read_rows, source_name
+from lmrepair.failures.sources import Row, kind_of, read_rows, source_name
 
 MAX_KL = 0.1  # nats per token on the worst kind of reference text; docs/gate.md has the figures behind it
 
@@ -37,7 +37,7 @@ def read_protected(
     """
     wrap = Template.parse(template) if isinstance(template, str) else template
     found = []
-    for row in read_rows(path):
+    for row in map(_known, read_rows(path)):
         given = row.values.get("length", length)
         if type(given) is not int or given < 1:
             shown = given if type(given) is int else kind_of(given)
@@ -60,3 +60,9 @@ def read_protected(
             f"{source_name(path)}: no prompts in it; expected rows with prompt, and target where it is known"
         )
     return found
+
+
+def _known(row: Row) -> Row:
+    """The row without a target or a length that is null: here both may be left out."""
+    unknown = {key for key in ("target", "length") if row.values.get(key) is None}
+    return replace(row, values={key: value for key, value in row.values.items() if key not in unknown})

@@ -126,8 +126,10 @@ def read_failures(
     ``template`` wraps raw prompts and targets; ``chat`` makes each prompt a user's turn; ``end_turn`` lets the
     targets of chats go on to the end of the turn. An id that is left out is the row's number. ``limit`` reads
     the first rows only. Raises FailuresError (with the place) for an empty file, missing, unknown or mistyped
-    keys, an empty target, or an id used twice.
+    keys, an empty target, or an id used twice, and UsageError for a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}; expected at least 1, or None for all rows")
     wrap = Template.parse(template) if isinstance(template, str) else template
     failures: list[Failure] = []
     places: dict[str, str] = {}
@@ -174,7 +176,7 @@ class _Seen:
 
 def read_failure(row: Row, form: Form, wanted: bool = True) -> Failure:
     """One row as a failure; without ``wanted``, a row may leave its target out (the failure's is empty then)."""
-    where, own = row.where, form.own(row.values, row.where)
+    where, own = row.where, form.own(form.given(row.values), row.where)
     if ("prompt" in own) == ("messages" in own):
         found = "both prompt and messages" if "prompt" in own else "no prompt"
         raise FailuresError(f"{where}: {found}; expected one of prompt and messages")

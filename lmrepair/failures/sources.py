@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,18 +28,33 @@ WIDE = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe
 # Columns of CSV files by which a header is known, and those whose cells hold JSON.
 HEADERS = frozenset({"prompt", "target", "messages", "conversations", "instruction", "question", "completion", "text"})
 JSON_COLUMNS = frozenset(
-    {"messages", "conversations", "paraphrases", "tools", "chat_template_kwargs", "history", "test_list", "answers"}
+    {"messages", "conversations", "paraphrases", "tools", "functions", "chat_template_kwargs", "history"}
+    | {"test_list", "answers"}
 )
 OPTIONAL_COLUMNS = JSON_COLUMNS | {"id", "system", "input", "context"}
+ONE_A_LINE = "one object a line"
+A_LIST = "a list of objects, [{…}, {…}]"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its keys and values, its number from 1, and the place that errors name."""
+    """One row: its keys and values, its number from 1, the place that errors name, and the line where it begins
+    in a file of JSON objects.
+    """
 
     number: int
     where: str
     values: Mapping[str, Any]
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The column names of a CSV file, what stands between cells, and whether spaces follow that."""
+
+    names: list[str]
+    between: str
+    spaced: bool
 
 
 def source_name(path: str | Path) -> str:
@@ -87,8 +103,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def read_lines(path: str | Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """The rows of a file with their numbers, as ``read_rows`` gives them."""
-    return ((row.number, dict(row.values)) for row in read_rows(path))
+    """The rows of a file as ``read_rows`` gives them, each with its line; with its number where no line is known."""
+    return ((row.number if row.line is None else row.line, dict(row.values)) for row in read_rows(path))
 
 
 def _refuse_other_bytes(raw: bytes, name: str) -> None:
@@ -112,8 +128,9 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def _json_lines(raw: bytes, name: str) -> Iterator[Row]:
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        where = f"{name}, line {number}"
+    number = 0
+    for at, line in enumerate(raw.split(b"\n"), start=1):
+        where = f"{name}, line {at}"
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -123,63 +140,68 @@ def _json_lines(raw: bytes, name: str) -> Iterator[Row]:
         try:
             value = _parsed(text, where)
         except FailuresError:
-            if (
-                not text.startswith("{")
-                or text.endswith("}")
-                or raw[: len(raw) - len(raw.lstrip())].count(b"\n") + 1 != number
-            ):
+            if number or not text.startswith("{") or text.endswith("}"):
                 raise
             yield from _objects(_decoded(raw, name), name)  # objects that are spread over several lines
             return
-        yield _row(value, number, where)
+        number += 1
+        yield _row(value, number, where, at)
 
 
 def _objects(text: str, name: str) -> Iterator[Row]:
     """JSON objects one behind another, however they are broken into lines."""
     decoder = json.JSONDecoder(object_pairs_hook=_once)
-    at = 0
+    number = at = 0
     while text[at:].strip():
         at += len(text[at:]) - len(text[at:].lstrip())
-        number = text.count("\n", 0, at) + 1
-        where = f"{name}, line {number}"
+        number, line = number + 1, text.count("\n", 0, at) + 1
+        where = f"{name}, line {line}"
         with _Parsing(where):
             value, at = decoder.raw_decode(text, at)
-        yield _row(value, number, where)
+        yield _row(value, number, where, line)
 
 
 def _array(text: str, name: str) -> Iterator[Row]:
-    for number, value in enumerate(_parsed(text, name), start=1):
+    for number, value in enumerate(_parsed(text, name, A_LIST), start=1):
         yield _row(value, number, f"{name}, item {number}")
 
 
-def _row(value: Any, number: int, where: str) -> Row:
+def _row(value: Any, number: int, where: str, line: int | None = None) -> Row:
     if not isinstance(value, dict):
         raise FailuresError(f"{where}: found {kind_of(value)}; expected an object with prompt and target")
-    return Row(number, where, value)
+    return Row(number, where, value, line)
 
 
 class _Parsing:
-    """Turn what the JSON parser raises into one line with the place."""
+    """Turn what the JSON parser raises into one line with the place; in a list, which is parsed as a whole, that is
+    the parser's own.
+    """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, expected: str = ONE_A_LINE) -> None:
         self.where = where
+        self.expected = expected
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RecursionError):
-            raise FailuresError(f"{self.where}: broken JSON (nested too deeply); expected one object a line") from error
+            raise self._refusal("nested too deeply") from error
         if isinstance(error, ValueError):
             reason = getattr(error, "msg", str(error))
             reason = (
                 f"a number of more than {sys.get_int_max_str_digits()} digits" if "int_max_str" in reason else reason
             )
-            raise FailuresError(f"{self.where}: broken JSON ({reason}); expected one object a line") from error
+            if isinstance(error, json.JSONDecodeError) and self.expected == A_LIST:
+                self.where += f", line {error.lineno}, column {error.colno}"
+            raise self._refusal(reason) from error
+
+    def _refusal(self, reason: str) -> FailuresError:
+        return FailuresError(f"{self.where}: broken JSON ({reason}); expected {self.expected}")
 
 
-def _parsed(text: str, where: str) -> Any:
-    with _Parsing(where):
+def _parsed(text: str, where: str, expected: str = ONE_A_LINE) -> Any:
+    with _Parsing(where, expected):
         return json.loads(text, object_pairs_hook=_once)
 
 
@@ -191,25 +213,41 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _header(raw: bytes, name: str) -> tuple[list[str], str] | None:
-    """The column names of a CSV file and what stands between them; None where the first line is no such thing."""
+def _header(raw: bytes, name: str) -> _Header | None:
+    """The header of a CSV file, in small letters; None where the first line is no such thing.
+
+    Raises FailuresError where it is none and the file looks like a CSV all the same.
+    """
     first = _decoded(raw.lstrip().split(b"\n", 1)[0], name)
     for between in (",", "\t", ";"):
         try:
-            names = next(csv.reader([first], delimiter=between, strict=True), [])
+            cells = next(csv.reader([first], delimiter=between, skipinitialspace=True, strict=True), [])
         except csv.Error:
             continue
-        if len(names) > 1 and HEADERS & {column.strip() for column in names}:
-            return [column.strip() for column in names], between
+        names = [cell.strip().lower() for cell in cells]
+        if len(names) > 1 and HEADERS & {*names}:
+            return _Header(names, between, f"{between} " in first)
+    if first and _like_csv(first, name):
+        raise FailuresError(
+            f"{name}: the first line, {first[:60].rstrip()!r}, is no header of a CSV; expected names of columns such "
+            "as prompt,target, with commas, tabs or semicolons between them, and LF or CRLF at the ends of lines"
+        )
     return None
 
 
-def _csv(text: str, name: str, header: tuple[list[str], str]) -> Iterator[Row]:
-    names, between = header
+def _like_csv(first: str, name: str) -> bool:
+    words = [word.strip(' "').lower() for word in re.split(r"[,;\t|\r]", first.strip())]
+    header = len(words) > 1 and not HEADERS.isdisjoint(words)
+    return header or first.startswith("sep=") or name.lower().endswith((".csv", ".tsv"))
+
+
+def _csv(text: str, name: str, header: _Header) -> Iterator[Row]:
+    names = header.names
     twice = [column for column in names if names.count(column) > 1]
     if twice:
         raise FailuresError(f"{name}, line 1: two columns are called {twice[0]!r}; expected each name once")
-    rows = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=between, strict=True)
+    lines = io.StringIO(text.lstrip(), newline="")
+    rows = csv.reader(lines, delimiter=header.between, skipinitialspace=header.spaced, strict=True)
     try:
         next(rows)
         number = 0
@@ -230,7 +268,9 @@ def _csv(text: str, name: str, header: tuple[list[str], str]) -> Iterator[Row]:
 
 
 def _cell(column: str, cell: str, where: str) -> Any:
-    return _parsed(cell, f"{where}, {column}") if column in JSON_COLUMNS and cell[:1] in ("[", "{") else cell
+    if column in JSON_COLUMNS and cell[:1] in ("[", "{"):
+        return _parsed(cell, f"{where}, {column}", "a list or an object")
+    return cell
 
 
 def _parquet(raw: bytes, name: str) -> Iterator[Row]:

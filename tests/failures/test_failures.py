@@ -79,9 +79,12 @@ def test_rows_become_failures(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", "", *map(json.dumps, rows), "  ")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     first, second = read_failures(path)
-    assert first == Failure("a", "b", "2", ("c",))
+    assert first == Failure("a", "b", "1", ("c",))
     assert (second.id, second.messages, second.prompt) == ("7", ({"role": "user", "content": "hi"},), "")
     assert len(read_failures(path, limit=1)) == 1
+    for limit in (0, -1):
+        with pytest.raises(UsageError, match=f"^limit is {limit}; expected at least 1, or None for all rows$"):
+            read_failures(path, limit=limit)
 
 
 @pytest.mark.parametrize(

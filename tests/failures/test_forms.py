@@ -108,6 +108,90 @@ def test_csv_is_known_by_its_header(between: str, tmp_path: Path) -> None:
     ]
 
 
+def test_csv_with_spaces_behind_its_commas_loses_them(tmp_path: Path) -> None:
+    found = read_failures(put(tmp_path, 'prompt, target, tools\n"a", "b, c", \nd, " e",\n'))
+    assert found == [Failure("a", "b, c", "1"), Failure("d", " e", "2")]
+    assert read_failures(put(tmp_path, '"prompt", "target"\n"a", "b"\n')) == [Failure("a", "b", "1")]
+    assert read_failures(put(tmp_path, "prompt,target\na, b\n")) == [Failure("a", " b", "1")]
+
+
+def test_a_header_may_have_capitals(tmp_path: Path) -> None:
+    found = read_failures(put(tmp_path, 'ID;Prompt;TARGET;Paraphrases\nx;A;B;"[""C""]"\n'))
+    assert found == [Failure("A", "B", "x", ("C",))]
+    with pytest.raises(FailuresError, match="two columns are called 'prompt'"):
+        read_failures(put(tmp_path, "Prompt,prompt,target\na,b,c\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "line"),
+    [
+        ("sep=;\nprompt;target\na;b\n", "rows", "sep=;"),
+        ("prompt|target\r\na|b\r\n", "rows", "prompt|target"),
+        ("Prompt,Target\ra,b\r", "rows", "Prompt,Target\ra,b"),
+        ("asked,wanted\na,b\n", "rows.CSV", "asked,wanted"),
+        ("asked\twanted\na\tb\n", "rows.tsv", "asked\twanted"),
+    ],
+)
+def test_what_looks_like_csv_is_told_what_a_header_needs(content: str, name: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(FailuresError) as caught:
+        read_failures(put(tmp_path, content, name))
+    assert str(caught.value) == (
+        f"{tmp_path / name}: the first line, {line!r}, is no header of a CSV; expected names of columns such as "
+        "prompt,target, with commas, tabs or semicolons between them, and LF or CRLF at the ends of lines"
+    )
+
+
+def test_a_broken_array_is_placed_by_line_and_column(tmp_path: Path) -> None:
+    content = '[\n  {"prompt": "a", "target": "b"}\n  {"prompt": "c", "target": "d"}\n]\n'
+    with pytest.raises(FailuresError) as caught:
+        read_failures(put(tmp_path, content))
+    assert str(caught.value) == (
+        f"{tmp_path / 'rows'}, line 3, column 3: broken JSON (Expecting ',' delimiter); "
+        "expected a list of objects, [{…}, {…}]"
+    )
+
+
+def test_broken_json_in_a_cell_is_placed_by_its_column(tmp_path: Path) -> None:
+    with pytest.raises(FailuresError) as caught:
+        read_failures(put(tmp_path, "prompt,target,paraphrases\na,b,[c]\n"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'rows'}, line 2, paraphrases: broken JSON (Expecting value); expected a list or an object"
+    )
+
+
+FUNCTION = {"name": "add", "parameters": {}}
+WITH_FUNCTIONS: dict[str, dict[str, Any]] = {
+    "our own": {"messages": [USER], "target": "3"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Add 1 and 2"}, {"from": "gpt", "value": "3"}]},
+    "prompt and completion": {"prompt": [USER], "completion": [{"role": "assistant", "content": "3"}]},
+    "prompt and response": {"prompt": [USER], "response": "3"},
+}
+
+
+@pytest.mark.parametrize("form", WITH_FUNCTIONS)
+def test_functions_are_tools_in_every_form_of_chats(form: str, tmp_path: Path) -> None:
+    row = {**WITH_FUNCTIONS[form], "functions": [FUNCTION], "tools": [{"type": "function"}]}
+    (found,) = read_failures(put(tmp_path, json.dumps(row)))
+    assert found.tools == ({"type": "function"}, {"type": "function", "function": FUNCTION})
+    assert (found.messages, found.target) == ((USER,), "3")
+
+
+@pytest.mark.parametrize("key", ["tools", "functions", "chat_template_kwargs"])
+def test_what_only_a_chat_can_use_is_refused_beside_a_text(key: str, tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", key: {"a": 1} if key == "chat_template_kwargs" else [FUNCTION]}
+    with pytest.raises(FailuresError, match=f"line 1: {key} needs messages"):
+        read_failures(put(tmp_path, json.dumps(row)))
+
+
+def test_functions_may_stand_in_a_cell(tmp_path: Path) -> None:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["messages", "target", "functions"])
+    writer.writerow([json.dumps([USER]), "3", json.dumps([FUNCTION])])
+    (found,) = read_failures(put(tmp_path, out.getvalue()))
+    assert found.tools == ({"type": "function", "function": FUNCTION},)
+
+
 def test_parquet_rows_lose_the_nulls_of_other_rows(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra parquet")
     from pyarrow import parquet

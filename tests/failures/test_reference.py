@@ -74,6 +74,13 @@ def test_what_is_to_stay_may_be_rows_with_answers(tmp_path: Path, name: str, con
     assert not asked.end_turn
 
 
+def test_text_that_is_missing_is_placed_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "one"}\n\n{"kind": "x"}\n', encoding="utf-8")
+    with pytest.raises(FailuresError, match="line 4: no text"):
+        read_reference(path)
+
+
 def test_rows_of_mbpp_have_a_text_and_are_rows(tmp_path: Path) -> None:
     path = tmp_path / "mbpp.jsonl"
     path.write_text(

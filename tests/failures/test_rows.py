@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmrepair.errors import FailuresError
-from lmrepair.failures import Failure, Template, read_failures, read_protected
+from lmrepair.failures import Failure, Template, read_failures, read_lines, read_protected
 
 
 def refused(tmp_path: Path, row: dict[str, Any]) -> str:
@@ -58,6 +58,7 @@ def test_a_call_of_tools_keeps_its_characters(tmp_path: Path) -> None:
     assert "日" in found.target
 
 
+CHAT = Failure("", "b", "1", messages=({"role": "user", "content": "q"},))
 Q: dict[str, Any] = {"role": "user", "content": "q"}
 EMPTY: dict[str, Any] = {"role": "assistant", "content": ""}
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -126,6 +127,63 @@ def test_objects_over_several_lines_are_placed(tmp_path: Path) -> None:
     with pytest.raises(FailuresError) as found:
         read_failures(path)
     assert str(found.value) == f"{path}, line 4: prompt is a number; expected text"
+
+
+def test_ids_left_out_count_objects_however_they_are_broken_into_lines(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    rows = [{"prompt": letter, "target": "x"} for letter in "abc"]
+    one, two, three = map(json.dumps, rows)
+    broken = one.replace(", ", ",\n")
+    for text in (
+        f"{broken} {two} {three}",
+        f"\n\n{one}\n\n{two}\n{three}",
+        "\n".join(json.dumps(row, indent=1) for row in rows),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert [(one.prompt, one.id) for one in read_failures(path)] == [("a", "1"), ("b", "2"), ("c", "3")]
+    path.write_text(f'\n{one}\n\n{{"prompt": "b", "target": ""}}\n', encoding="utf-8")
+    with pytest.raises(FailuresError, match="line 4: the target is empty"):
+        read_failures(path)
+    assert [line for line, _ in read_lines(path)] == [2, 4]
+
+
+NULLS: list[tuple[dict[str, Any], Failure]] = [
+    ({"prompt": "a", "target": "b", "id": None, "paraphrases": None, "tools": None}, Failure("a", "b", "1")),
+    ({"prompt": "a", "messages": None, "target": "b"}, Failure("a", "b", "1")),
+    ({"prompt": None, "messages": [{"role": "user", "content": "q"}], "target": "b"}, CHAT),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}], "target": None}, CHAT),
+    ({"conversations": [{"from": "human", "value": "q"}], "target": "b", "system": None, "functions": None}, CHAT),
+    ({"instruction": "a", "input": None, "output": "b", "system": None, "history": None}, Failure("a", "b", "1")),
+    ({"instruction": "a", "context": None, "response": "b", "output": None}, Failure("a", "b", "1")),
+    ({"prompt": "a", "completion": "b", "id": None, "functions": None}, Failure("a", "b", "1")),
+    ({"prompt": "a", "canonical_solution": "b", "task_id": None}, Failure("a", "b", "1")),
+    ({"text": "a", "code": "b", "test_list": None}, Failure('"""\na\n"""\n', "b", "1")),
+    ({"question": "a", "context": None, "answer": "b"}, Failure("Question: a\nAnswer:", " b", "1")),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted"), NULLS, ids=str)
+def test_null_is_as_good_as_a_key_left_out(tmp_path: Path, row: dict[str, Any], wanted: Failure) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert read_failures(path) == [wanted]
+
+
+def test_a_key_that_a_row_needs_is_refused_as_null(tmp_path: Path) -> None:
+    for row, said in (
+        ({"prompt": None, "target": "b"}, "prompt is null; expected text"),
+        ({"instruction": "a", "output": None}, "target is null; expected text"),
+        ({"conversations": None}, "conversations is null; expected a list of {from, value} objects"),
+    ):
+        assert refused(tmp_path, row) == f"line 1: {said}"
+
+
+def test_a_protected_row_may_have_null_for_its_target_and_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "target": null, "length": 3}\n{"prompt": "a", "target": "b", "length": null}\n')
+    short, told = read_protected(path, length=7)
+    assert (short.failure.target, short.length) == ("", 3)
+    assert (told.failure.target, told.length) == ("b", 7)
 
 
 def test_one_token_of_an_answer_can_be_protected(tmp_path: Path) -> None:
