@@ -151,14 +151,17 @@ def _json_lines(raw: bytes, name: str) -> Iterator[Row]:
 def _objects(text: str, name: str) -> Iterator[Row]:
     """JSON objects one behind another, however they are broken into lines."""
     decoder = json.JSONDecoder(object_pairs_hook=_once)
-    number = at = 0
-    while text[at:].strip():
-        at += len(text[at:]) - len(text[at:].lstrip())
-        number, line = number + 1, text.count("\n", 0, at) + 1
+    number, line, at, end = 0, 1, 0, len(text.rstrip())
+    while at < end:
+        start = at
+        while text[at].isspace():
+            at += 1
+        number, line = number + 1, line + text.count("\n", start, at)
         where = f"{name}, line {line}"
         with _Parsing(where):
-            value, at = decoder.raw_decode(text, at)
+            value, after = decoder.raw_decode(text, at)
         yield _row(value, number, where, line)
+        at, line = after, line + text.count("\n", at, after)
 
 
 def _array(text: str, name: str) -> Iterator[Row]:

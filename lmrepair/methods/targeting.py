@@ -59,8 +59,8 @@ class Targeting:
         try:
             return max(1, math.ceil(share_of(self.layers.removeprefix("upper "), "layers") * layers))
         except UsageError as error:
-            known = "a share of the layers above 0 and up to 1 (1/4), 'upper' and a share, last, one, or auto"
-            raise UsageError(f"layers {self.layers!r}: expected {known}") from error
+            known = "a number above 0 and up to 1, as in 1/4, the same behind 'upper', or last, one, auto"
+            raise UsageError(f"layers {self.layers!r} is no share of the layers; expected {known}") from error
 
 
 def share_of(text: str, option: str) -> Fraction:

@@ -98,7 +98,7 @@ def test_upper_layers_are_taken_from_the_top(layers: str, monkeypatch: pytest.Mo
     net = oracle_models.net()
     monkeypatch.setattr("lmrepair.diagnosis.attribution.skipped_losses", lambda *_: pytest.fail("skipped"))
     assert locate(net, *read(net), Targeting(layers=layers)).layers == UPPER[layers]
-    with pytest.raises(UsageError, match="'many' is no share"):
+    with pytest.raises(UsageError, match="'upper many' is no share"):
         Targeting(layers="upper many").check()
 
 
