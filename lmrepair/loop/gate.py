@@ -1,4 +1,4 @@
-"""The gate as a value: what a patch must not do if it is to be kept. ``guard.py`` holds patches against it."""
+"""The gate as a value: what a patch must not do if it is to be kept. ``judge.py`` holds patches against it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from lmrepair.failures import Failure, Tokens, prompt_ids
 from lmrepair.model.net import Net
 
 WINDOW = 256  # tokens read of one reference text
-ROOM = 4608  # tokens read of rows that are given: as many as a model writes by itself
+ROOM = 4608  # tokens read of rows that are given: twice as many as a dense model writes by itself
 ASKED = 1024  # the same of rows without answers
 BEGUN = 8  # tokens at most that are given of a text's beginning
 BEGINNINGS = (
