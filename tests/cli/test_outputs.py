@@ -112,3 +112,16 @@ def test_an_adapter_is_not_passed_over_without_an_engine(run: Run, tmp_path: Pat
     code, _, said = run("verify", patch, "--engine", "peft", "--model", "embedded", "--adapter", tmp_path / "none")
     assert code == 2
     assert "no adapter_config.json" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("merged", ["--rank", "4", "--vllm"], "--to merged does not read --rank, --vllm"),
+        ("peft", ["--base", "none.gguf"], "--to peft does not read --base"),
+    ],
+)
+def test_what_an_export_does_not_read_is_said(kind: str, more: list[str], said: str, run: Run, tmp_path: Path) -> None:
+    code, _, told = run("export", "none.safetensors", "--model", "embedded", "--to", kind, tmp_path / "out", *more)
+    assert code == 2
+    assert said in told

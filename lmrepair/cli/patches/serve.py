@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lmrepair.model import Net
     from lmrepair.patch import Chosen, Patch
 
-KINDS = ("peft", "gguf", "merged")
+UNREAD = {"peft": ("--base", "--architecture"), "gguf": (), "merged": ("--base", "--architecture", "--rank", "--vllm")}
+KINDS = tuple(UNREAD)  # what is exported; by kind, the options that say nothing there
 To = Annotated[tuple[str, str], typer.Option("--to", metavar="KIND PATH", help="peft DIR, gguf FILE or merged DIR.")]
 BaseFile = Annotated[Path | None, typer.Option("--base", metavar="GGUF", help="The GGUF that llama.cpp serves.")]
 Architecture = Annotated[str | None, typer.Option(help="llama.cpp's name of the model's architecture, without --base.")]
@@ -61,6 +62,10 @@ def export(
     kind, output = to[0], Path(to[1])
     if kind not in KINDS:
         raise UsageError(f"--to {kind!r}: {nearest(kind, KINDS)}; expected --to KIND PATH")
+    given = {"--base": base, "--architecture": architecture, "--rank": rank, "--vllm": vllm or None}
+    unread = [flag for flag in UNREAD[kind] if given[flag] is not None]
+    if unread:
+        raise UsageError(f"--to {kind} does not read {', '.join(unread)}; leave it out")
     if kind == "merged":
         rewrite_folder("apply", patch, needed(model), FolderOptions(output, False, copy, force), loading, as_json)
         return
