@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lmrepair.errors import UsageError
 from lmrepair.failures import write_atomically
 from lmrepair.model.process import uninterrupted
 
-UNWRITABLE = (OSError, safetensors.SafetensorError)
+UNWRITABLE = (OSError, safetensors.SafetensorError, UsageError)
 UNREADABLE = (OSError, safetensors.SafetensorError, ValueError, RecursionError)
 
 Packed = tuple[Mapping[str, Tensor], dict[str, Any]]  # tensors by name, and a record beside them
