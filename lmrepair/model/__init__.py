@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from lmrepair import door
 
 if TYPE_CHECKING:
-    from lmrepair.model.anatomy import not_finite as not_finite, rows as rows, weight as weight, whole as whole
+    from lmrepair.model.anatomy import (
+        Norm as Norm,
+        not_finite as not_finite,
+        rows as rows,
+        weight as weight,
+        whole as whole,
+    )
     from lmrepair.model.batches import (
         TOKENS_AT_ONCE as TOKENS_AT_ONCE,
         Batch as Batch,

@@ -73,7 +73,7 @@ class Patch(Contents):
         self._fit(net, applied=False)
         # Of what was right before, the patch may move nothing; none at all where failures were withheld.
         likely = sorted(self.items, key=lambda item: not (item.before and item.repaired))
-        if not any(self._moved(net, [item.tokens]) for item in likely) and (likely or not self._moved(net, [])):
+        if not any(self._moved(net, tokens) for tokens in [[item.tokens] for item in likely] or [[]]):
             raise PatchError("the patch was written but the model's logits did not move; the weights are as before")
 
     def _moved(self, net: Net, tokens: Sequence[Tokens]) -> bool:

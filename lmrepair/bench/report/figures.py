@@ -10,7 +10,6 @@ from lmrepair.bench.report.results import Result, Row
 from lmrepair.measure import Interval, bootstrap, paired
 
 RESAMPLES = 2000
-NAMES = {"star": "STAR", "mint": "MINT", "sgd": "SGD"}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def rewrite_folder(
     output = where.output
     if where.in_place == (output is not None):
         raise UsageError("where to? expected --output with a folder that is not there yet, or --in-place")
-    from lmrepair.patch import OtherDtypeError, Patch, Writing, folder_of, rewrite
+    from lmrepair.patch import OtherDtypeError, Patch, Writing, folder_of, refuse_output, rewrite
 
     loaded = Patch.load(path)
     how = Writing(not where.copy, where.force, loading.trust)
@@ -67,6 +67,8 @@ def rewrite_folder(
     if done is None:
         if output is None:
             raise UsageError(f"{_why_whole(model, folder, note)}, which --in-place cannot do; use --output")
+        if folder is not None:
+            refuse_output(folder, output, where.force)
         done = _through_memory(verb, loaded, model, output, where.force, loading)
     data = {
         "model": model, "patch": str(path), "action": verb, "output": str(done.output), "neurons": loaded.neurons,
@@ -91,11 +93,8 @@ def _why_whole(model: str, folder: Path | None, note: str) -> str:
 
 def _through_memory(verb: str, patch: Patch, model: str, output: Path, force: bool, loading: LoadOptions) -> Rewritten:
     """The same for a model that is no folder in the patch's dtype: loaded, and written by transformers."""
-    from lmrepair.patch import Rewritten, folder_of, refuse_existing, refuse_output, save_model
+    from lmrepair.patch import Rewritten, refuse_existing, save_model
 
-    folder = folder_of(model)
-    if folder is not None:
-        refuse_output(folder, output, force)
     refuse_existing(output, force)
     net = load_net(model, loading.for_patch(patch))
     getattr(patch, verb)(net)

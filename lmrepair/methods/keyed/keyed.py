@@ -123,7 +123,7 @@ def spread(
     import torch
 
     from lmrepair.methods.keyed.values import find_values, read_keys
-    from lmrepair.methods.maths import Constraints, in_stream, normed, undone
+    from lmrepair.methods.maths import Constraints, in_stream, undone
     from lmrepair.model import Trial
 
     net, layers, top = problem.net, problem.sites.layers, problem.sites.layers[-1]
@@ -134,9 +134,10 @@ def spread(
             now = [read_keys(net, batch, (layer,), top) for batch in problem.batches]
             short = torch.cat([state - item.states.float() for state, item in zip(wanted, now, strict=True)])
             keys, back = torch.cat([item.keys[layer] for item in now]), {}
-            for behind in normed(net, [layer]):
-                keys, unit = in_stream(net, layer, keys, torch.cat([item.lengths[layer] for item in now]))
-                back[behind] = undone(unit)
+            norm = net.anatomy.behind[layer]
+            if norm is not None:
+                keys, unit = in_stream(norm, keys, torch.cat([item.lengths[layer] for item in now]))
+                back[layer] = undone(unit)
             constraints = Constraints.of({layer: keys}, metrics)
             part, slack = short / (len(layers) - place), ridge(constraints.scale)
             solved = constraints.changes(net.dtype, part, slack, fine=method.fine, undone=back)

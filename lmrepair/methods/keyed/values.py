@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmrepair.methods.maths import Moments, adam, lengths_behind, normed
+from lmrepair.methods.maths import Moments, adam, lengths_behind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,13 +76,14 @@ def read_keys(net: Net, batch: Batch, layers: Sequence[int], top: int) -> Read:
     import torch
 
     rows = key_rows(batch)
+    norms = {layer: norm for layer in layers if (norm := net.anatomy.behind[layer]) is not None}
     with torch.no_grad(), net.watch(sorted({*layers, top})) as watched, _states(net, top) as states:
         net.logits(batch, rows)
         flat = {layer: watched.inputs[layer].reshape(-1, net.widths[layer])[rows].float() for layer in layers}
         written = {layer: watched.outputs[layer].reshape(-1, net.hidden)[rows] for layer in {*layers, top}}
         return Read(
             {layer: z.clone() for layer, z in flat.items()},
-            {layer: lengths_behind(net, layer, written[layer]) for layer in normed(net, layers)},
+            {layer: lengths_behind(net, norm, written[layer]) for layer, norm in norms.items()},
             written[top].float().clone(),
             states[0].reshape(-1, net.hidden)[rows].float(),
         )

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         contrasting as contrasting,
         in_stream as in_stream,
         lengths_behind as lengths_behind,
-        normed as normed,
         read_slopes as read_slopes,
         scaled as scaled,
         undone as undone,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lmrepair.model import Batch, Net, Preference, Reading, Sites
+from lmrepair.model import Batch, Net, Norm, Preference, Reading, Sites
 
 SLIGHT = 0.3  # of a norm's median gain; Gemma's go from a hundredth to a hundred of it
 
@@ -39,7 +39,8 @@ def read_slopes(net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor 
     """
     preferences: list[Preference] = []
     coefficients: dict[int, list[Tensor]] = {layer: [] for layer in sites.layers}
-    lengths: dict[int, list[Tensor]] = {layer: [] for layer in normed(net, sites.layers)}
+    norms = {layer: norm for layer in sites.layers if (norm := net.anatomy.behind[layer]) is not None}
+    lengths: dict[int, list[Tensor]] = {layer: [] for layer in norms}
     slopes: list[Tensor] = []
     for batch in batches:
         with torch.enable_grad(), net.watch((*sites.layers, net.layers - 1)) as watched, _joining(net) as added:
@@ -55,14 +56,14 @@ def read_slopes(net: Net, batches: Sequence[Batch], sites: Sites, focus: Tensor 
             coefficients[layer].append(z[:, sites.columns[layer].to(z.device)].float())
         for layer, found in lengths.items():
             outputs = watched.outputs[layer].detach().reshape(-1, net.hidden)[batch.rows]
-            found.append(lengths_behind(net, layer, outputs))
+            found.append(lengths_behind(net, norms[layer], outputs))
     joint = Preference.join(preferences)
     if margin is not None and joint.holds(focus, margin):
         return Slopes(joint, True)
     rows = {layer: torch.cat(parts) for layer, parts in coefficients.items()}
     units = {}
     for layer, parts in lengths.items():
-        rows[layer], units[layer] = in_stream(net, layer, rows[layer], torch.cat(parts))
+        rows[layer], units[layer] = in_stream(norms[layer], rows[layer], torch.cat(parts))
     return Slopes(joint, False, rows, slopes=torch.cat(slopes), units=units)
 
 
@@ -85,15 +86,8 @@ def _joining(net: Net) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def normed(net: Net, layers: Sequence[int]) -> list[int]:
-    """Those of the layers whose FFN writes to the stream through a norm."""
-    return [layer for layer in layers if net.anatomy.behind[layer] is not None]
-
-
-def lengths_behind(net: Net, layer: int, outputs: Tensor) -> Tensor:
-    """By what the norm behind a layer's FFN divides its outputs [N, d], [N]: γ⊙y = r · norm(y)."""
-    norm = net.anatomy.behind[layer]
-    assert norm is not None
+def lengths_behind(net: Net, norm: Norm, outputs: Tensor) -> Tensor:
+    """By what the norm behind an FFN divides its outputs [N, d], [N]: γ⊙y = r · norm(y)."""
     there = next(norm.module.parameters(), outputs).device
     with torch.no_grad():
         made = net.alone(norm.module, outputs[None].to(there))[0].float().to(net.device)
@@ -101,13 +95,11 @@ def lengths_behind(net: Net, layer: int, outputs: Tensor) -> Tensor:
     return (scaled * made).sum(dim=1).abs() / made.square().sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def in_stream(net: Net, layer: int, keys: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def in_stream(norm: Norm, keys: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Keys z·r̄/r [N, k] from coefficients and lengths r [N], and γ/r̄ [d]: with them a change Δ [k, d] of a layer
     behind a norm adds (keys Δ)⊙γ/r̄ to the stream."""
-    norm = net.anatomy.behind[layer]
-    assert norm is not None
     usual = lengths.square().mean().sqrt()
-    return keys * (usual / lengths)[:, None], norm.gain.to(net.device) / usual
+    return keys * (usual / lengths)[:, None], norm.gain.to(lengths.device) / usual
 
 
 def undone(unit: Tensor) -> Tensor:

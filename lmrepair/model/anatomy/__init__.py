@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         settled as settled,
         together as together,
     )
+    from lmrepair.model.anatomy.norm import Norm as Norm
     from lmrepair.model.anatomy.places import Anatomy as Anatomy, find as find, not_finite as not_finite
     from lmrepair.model.anatomy.probe import first_infinite as first_infinite, weight as weight
     from lmrepair.model.anatomy.products import altered as altered, seen as seen
